@@ -1,0 +1,1 @@
+"""Potentials at work in ASE: ``EqCalculator``, ``relax``, ``run_md``."""

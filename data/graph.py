@@ -1,0 +1,145 @@
+"""What goes into a model and what comes out: AtomicGraph, NodeOutput, and the protocol of a model.
+
+N atoms, E directed edges, G structures.  Row 0 of ``edge_index`` is the neighbour j, row 1 the centre i;
+edges are sorted by i.  ``vectors = r_j - r_i + S . cell`` points from the centre to the neighbour's image.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch, Data
+
+from mlip.data.neighbors import neighbor_list
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+
+class NodeOutput(NamedTuple):
+    """What a model says about each atom."""
+
+    energy: Tensor  # (N,) interaction energy in units of the potential's scale
+    features: Tensor | None = None  # (N, C) invariant descriptors
+    forces: Tensor | None = None  # (N, 3) only of models that predict forces directly
+
+
+class EnergyModel(Protocol):
+    """A model: reads ``vectors, edge_index, atomic_numbers, batch`` of a graph, answers per atom."""
+
+    config: Any  # has ``cutoff: float``, angstrom
+
+    @property
+    def receptive_field(self) -> float:
+        """Distance in angstrom beyond which no atom can change an atom's energy."""
+
+    def __call__(self, graph: AtomicGraph) -> NodeOutput: ...
+
+
+class AtomicGraph(Data):
+    """One structure or a batch of structures with their neighbours.
+
+    Attributes
+    ----------
+    atomic_numbers : (N,) int64
+    positions : (N, 3) float64, angstrom
+    cell : (G, 3, 3) float64, rows are lattice vectors in angstrom; zero rows where there are none
+    pbc : (G, 3) bool
+    edge_index : (2, E) int64, row 0 neighbour j, row 1 centre i, sorted by i
+    cell_shifts : (E, 3) float64, integers S: the image of j
+    vectors : (E, 3), angstrom, written by ``Potential`` (or by another engine)
+    batch, ptr : (N,), (G + 1,) int64
+    energy, forces, stress : (G,), (N, 3), (G, 3, 3) labels in eV, eV/angstrom, eV/angstrom^3; NaN = not labelled
+    charge, spin : (G,) optional total charge (e) and spin multiplicity
+    """
+
+    @classmethod
+    def from_atoms(cls, atoms: Atoms, cutoff: float) -> AtomicGraph:
+        """Graph of an ASE structure: geometry, and charge and spin where ``atoms.info`` has them; no labels."""
+        extra = {
+            key: torch.tensor([float(atoms.info[name])], dtype=torch.float64)
+            for key, names in (("charge", ("charge", "total_charge")), ("spin", ("spin", "total_spin")))
+            for name in names
+            if name in atoms.info
+        }
+        return cls.from_arrays(atoms.numbers, atoms.positions, np.asarray(atoms.cell), atoms.pbc, cutoff, **extra)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        atomic_numbers: np.ndarray,
+        positions: np.ndarray,
+        cell: np.ndarray,
+        pbc: np.ndarray,
+        cutoff: float,
+        **fields: Tensor,
+    ) -> AtomicGraph:
+        """Graph of one structure given as arrays; ``fields`` are labels and the like, already tensors."""
+        positions = np.array(positions, dtype=np.float64)
+        cell = np.array(cell, dtype=np.float64)
+        pbc = np.array(pbc, dtype=bool)
+        edge_index, shifts = neighbor_list(positions, cell, pbc, cutoff)
+        n = len(positions)
+        return cls(
+            atomic_numbers=torch.as_tensor(np.array(atomic_numbers, dtype=np.int64)),
+            positions=torch.from_numpy(positions),
+            cell=torch.from_numpy(cell)[None],
+            pbc=torch.from_numpy(pbc)[None],
+            edge_index=torch.from_numpy(edge_index),
+            cell_shifts=torch.from_numpy(shifts),
+            batch=torch.zeros(n, dtype=torch.int64),
+            ptr=torch.tensor([0, n]),
+            num_nodes=n,
+            **fields,
+        )
+
+    @staticmethod
+    def collate(graphs: Sequence[AtomicGraph]) -> AtomicGraph:
+        """Batch of single structures; the given graphs stay as they are."""
+        skip = ["batch", "ptr"]  # PyG writes the batch's own
+        return Batch.from_data_list(list(graphs), exclude_keys=skip)  # type: ignore[arg-type,return-value]
+
+    @property
+    def num_structures(self) -> int:
+        return len(self.cell)
+
+    @property
+    def volume(self) -> Tensor:
+        """(G,) cell volumes in angstrom^3; NaN where a direction is not periodic."""
+        volume = torch.linalg.det(self.cell).abs()
+        return torch.where(self.pbc.all(dim=1) & (volume > 0), volume, torch.nan)
+
+    def edge_vectors(self) -> Tensor:
+        """(E, 3) vectors from centre to neighbour, differentiable in positions and cell."""
+        j, i = self.edge_index
+        shift = self.cell_shifts[:, None, :] @ self.cell.index_select(0, self.batch.index_select(0, i))
+        return self.positions.index_select(0, j) - self.positions.index_select(0, i) + shift[:, 0]
+
+    def replace(self, **fields: Tensor) -> AtomicGraph:
+        """Shallow copy with other fields."""
+        other = copy.copy(self)
+        for key, value in fields.items():
+            other[key] = value
+        return other
+
+    def strained(self, strain: Tensor) -> AtomicGraph:
+        """Copy under r -> r (1 + eps), eps the symmetric part of ``strain`` (G, 3, 3)."""
+        F = torch.eye(3, dtype=strain.dtype, device=strain.device) + (strain + strain.mT) / 2  # (G, 3, 3)
+        positions = (self.positions[:, None, :] @ F.index_select(0, self.batch))[:, 0]
+        return self.replace(positions=positions, cell=self.cell @ F)
+
+    def rotated(self, R: Tensor) -> AtomicGraph:
+        """Copy rotated by the orthogonal matrix ``R`` (3, 3), r -> R r, labels with it."""
+        new = {"positions": self.positions @ R.T, "cell": self.cell @ R.T}
+        if "vectors" in self:
+            new["vectors"] = self.vectors @ R.T.to(self.vectors.dtype)
+        if "forces" in self:
+            new["forces"] = self.forces @ R.T
+        if "stress" in self:
+            new["stress"] = R @ self.stress @ R.T
+        return self.replace(**new)

@@ -1,0 +1,5 @@
+"""``python -m mlip``."""
+
+from mlip.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Measuring a potential: error metrics and tables."""

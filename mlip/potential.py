@@ -1,0 +1,124 @@
+"""Potential: an energy model with reference energies becomes energy, forces and stress.
+
+    E = sum_i ( e0[Z_i] + scale * model_i ) + repulsion,      F = -dE/dr,      sigma = (1/V) dE/d eps
+
+Forces and stress are derivatives of this one energy and are made here only.  A model sees positions only through
+the edge vectors v_e = r_j - r_i + S.cell, so one gradient g_e = dE/dv_e gives everything:
+
+    dE/dr_k = sum_{e: j=k} g_e - sum_{e: i=k} g_e,      dE/d eps = sum_e (v_e g_e^T + g_e v_e^T) / 2
+
+The second is the derivative under the symmetric strain r -> r (1 + eps) of positions and cell (Knuth et al.,
+Comput. Phys. Commun. 190, 33 (2015)), in which all v_e transform alike; its sign is ASE's.
+Differences of positions, reference energies and sums over atoms and edges are float64 whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mlip.data.graph import AtomicGraph, EnergyModel
+
+
+class Potential(nn.Module):
+    """Energy, forces and stress of an energy model.
+
+    Parameters
+    ----------
+    model : EnergyModel
+    e0 : (119,) energy in eV of the isolated atom of each element; NaN where the element is not known
+    scale : float, eV; the unit of the model's energies
+    repulsion : module (graph) -> (N,) energies in eV, added unscaled; for example ``ZBL``
+    metadata : what a checkpoint says of itself (level of theory, training set, errors, licence, ...)
+    """
+
+    e0: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        model: EnergyModel,
+        e0: Tensor,
+        scale: float = 1.0,
+        repulsion: nn.Module | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if e0.shape != (119,):
+            raise ValueError(f"e0 has shape {tuple(e0.shape)}; give (119,), one energy per atomic number")
+        self.model: Any = model
+        self.repulsion = repulsion
+        self.register_buffer("e0", e0.to(torch.float64))
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
+        self.metadata = dict(metadata or {})
+
+    @property
+    def cutoff(self) -> float:
+        """Angstrom; neighbours beyond it are not needed."""
+        return float(self.model.config.cutoff)
+
+    @property
+    def elements(self) -> list[int]:
+        """Atomic numbers that the potential knows."""
+        return torch.nonzero(~self.e0.isnan()).flatten().tolist()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the model's parameters, in which it computes."""
+        return next(self.model.parameters()).dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # .to(float32) is meant for the network: reference energies stay float64 and only change device.
+        kept = {"e0": self.e0, "scale": self.scale}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            setattr(self, name, value.to(getattr(self, name).device))
+        return self
+
+    def forward(self, graph: AtomicGraph, *, stress: bool = False) -> dict[str, Tensor]:
+        """Evaluate a batch of structures.
+
+        Returns
+        -------
+        dict
+            ``energy`` (G,) eV, ``node_energy`` (N,) eV, ``forces`` (N, 3) eV/angstrom, all float64; ``features``
+            where the model has them; ``stress`` (G, 3, 3) eV/angstrom^3 if asked for, NaN without a periodic cell.
+            In training mode they can be differentiated once more.
+        """
+        with torch.enable_grad():
+            vectors = graph.edge_vectors()  # (E, 3) float64
+            if not vectors.requires_grad:
+                vectors.requires_grad_()
+            node = self.model(graph.replace(vectors=vectors.to(self.dtype)))
+            node_energy = self.e0[graph.atomic_numbers] + self.scale * node.energy.double()
+            if self.repulsion is not None:
+                node_energy = node_energy + self.repulsion(graph.replace(vectors=vectors))
+            energy = vectors.new_zeros(graph.num_structures).index_add(0, graph.batch, node_energy)
+            out = {"energy": energy, "node_energy": node_energy}
+            if node.features is not None:
+                out["features"] = node.features
+            if node.forces is not None:
+                out["forces"] = node.forces.double() * self.scale
+            if node.forces is None or stress:
+                (g,) = torch.autograd.grad(
+                    energy.sum(),
+                    vectors,
+                    create_graph=self.training,  # the force loss differentiates these once more
+                    materialize_grads=True,  # isolated atoms have no edges: zero, not None
+                )
+                if node.forces is None:
+                    j, i = graph.edge_index
+                    out["forces"] = torch.zeros_like(graph.positions).index_add(0, i, g).index_add(0, j, -g)
+                if stress:
+                    out["stress"] = self._stress(graph, vectors, g)
+        return out if self.training else {key: value.detach() for key, value in out.items()}
+
+    @staticmethod
+    def _stress(graph: AtomicGraph, vectors: Tensor, g: Tensor) -> Tensor:
+        outer = vectors[:, :, None] * g[:, None, :]  # (E, 3, 3)
+        owner = graph.batch.index_select(0, graph.edge_index[1])
+        virial = vectors.new_zeros(graph.num_structures, 3, 3).index_add(0, owner, outer)
+        return (virial + virial.mT) / 2 / graph.volume[:, None, None]

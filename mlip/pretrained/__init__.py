@@ -1,0 +1,1 @@
+"""Small trained potentials that come with the package: ``EqCalculator("silicon")``."""

@@ -1,0 +1,1 @@
+"""Training: configuration, loss terms, optimizers, one trainer for all models."""
