@@ -1,111 +1,135 @@
 """Save and load a Potential: one safetensors file, tensors and JSON metadata, nothing that can run.
 
-The file is readable with safetensors alone.  Its metadata has one key ``mlip``, a JSON object: format number,
-model name and hyperparameters, elements, units, level of theory, training summary, versions and the sha256 of all
-tensors.  Names are looked up in ``MODELS``; no class or module is ever named in a file.
+The file is readable with safetensors and json alone.  Its metadata say: format number, model name
+and hyperparameters, elements, cutoff, units, level of theory, training summary, errors, versions.
+One checksum covers metadata and tensors (``mlip.tensorfile``).  Names are looked up in ``MODELS``;
+no class or module is ever named in a file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import math
 import platform
-import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from ase.data import chemical_symbols
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import mlip
+from mlip.modelcard import describe
 from mlip.models import MODELS, build, name_of
 from mlip.nn.zbl import ZBL
 from mlip.potential import Potential
+from mlip.tensorfile import CheckpointError, RawTensor, digest, read_raw, write_bytes
+
+__all__ = [
+    "CheckpointError",
+    "describe",
+    "load",
+    "read_metadata",
+    "read_tensors",
+    "save",
+    "write_tensors",
+]
 
 FORMAT = 1
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}  # format n -> metadata of format n + 1
+UPGRADES: dict[
+    int, Callable[[dict[str, Any]], dict[str, Any]]
+] = {}  # format n -> metadata of format n + 1
 UNITS = {"energy": "eV", "length": "angstrom", "forces": "eV/angstrom", "stress": "eV/angstrom^3"}
 MINIMUM_TORCH = (2, 10)  # older ones have known holes in reading files
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class CheckpointError(ValueError):
-    """A model file that cannot be used; the text names the file and says why."""
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """Write tensors and metadata under one checksum; ``path`` is the old file or the new one.
 
-
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all tensors, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors and metadata to a temporary name beside ``path``, then rename: the file is old or new, never half."""
-    path = Path(path)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    text = json.dumps({**metadata, "sha256": checksum(tensors)}, sort_keys=True, allow_nan=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
+    Raises
+    ------
+    ValueError
+        The metadata is not JSON, or a tensor has a dtype that the format lacks.
+    OSError
+        Not written; the file that was there is untouched.
+    """
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    for name, tensor in plain.items():
+        if tensor.dtype not in _NAMES:
+            raise ValueError(
+                f"{path}: tensor '{name}' is {tensor.dtype}; the format holds {', '.join(DTYPES)}"
+            )
     try:
-        save_file(tensors, temporary, metadata={"mlip": text})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        text = json.dumps(metadata, sort_keys=True, default=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the metadata cannot be written as JSON: {error}") from None
+    raw = (
+        (
+            name,
+            RawTensor(
+                _NAMES[t.dtype], tuple(t.shape), t.reshape(-1).view(torch.uint8).numpy().data
+            ),
+        )
+        for name, t in plain.items()
+    )
+    write_bytes(path, serialize(plain, metadata={"mlip": text, "sha256": digest(text, raw)}))
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a file written by ``write_tensors``; the checksum is verified."""
-    path = Path(path)
+    """Tensors and metadata of a file of ``write_tensors``, as written; the checksum is verified."""
     _check_torch()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such model file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get("mlip")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
-    if header is None:
-        raise CheckpointError(f"{path}: a safetensors file, but not one of this package (no 'mlip' metadata)")
-    try:
-        metadata = json.loads(header)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its metadata is not JSON ({error})") from None
-    if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path}: its metadata is not a JSON object")
-    if metadata.get("sha256") != checksum(tensors):
-        raise CheckpointError(f"{path}: the tensors do not match their checksum; the file was altered or damaged")
+    raw, metadata = read_raw(path)
+    tensors = {}
+    for name, (dtype, shape, data) in raw.items():
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{path}: tensor '{name}' has the unknown dtype {dtype!r}")
+        flat = (
+            torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]) if len(data) else torch.empty(0)
+        )
+        tensors[name] = flat.to(DTYPES[dtype]).reshape(shape)
     return tensors, metadata
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """What a model file says of itself, brought to the present format."""
-    return _upgraded(read_tensors(path)[1], Path(path))
+    return _upgraded(read_raw(path)[1], Path(path))
 
 
 def save(potential: Potential, path: str | Path, **extra: Any) -> None:
     """Write a potential to one safetensors file.
 
-    ``extra`` and ``potential.metadata`` go into the metadata: level_of_theory, training, errors, licence, citation.
+    Parameters
+    ----------
+    potential : Potential
+    path : file name, by custom ``NAME.safetensors``
+    extra : what is said besides: ``level_of_theory``, ``training``, ``errors``, ``licence``,
+    ``citation``;
+        added to ``potential.metadata``, JSON values only, numbers that are not finite become null
     """
     import e3nn
 
     metadata = {
-        **potential.metadata,
-        **extra,
+        **_finite(potential.metadata),
+        **_finite(extra),
         "kind": "potential",
         "format": FORMAT,
         "model": name_of(potential.model),
@@ -123,10 +147,16 @@ def save(potential: Potential, path: str | Path, **extra: Any) -> None:
             "python": platform.python_version(),
         },
     }
+    if potential.repulsion is not None and type(potential.repulsion) is not ZBL:
+        raise ValueError(
+            f"{path}: a {type(potential.repulsion).__name__} cannot be saved, only ZBL repulsion"
+        )
     write_tensors(path, potential.state_dict(), metadata)
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Potential:
+def load(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Potential:
     """Read a potential, in evaluation mode.
 
     Parameters
@@ -141,31 +171,111 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
         With the name of the file and what is wrong with it.
     """
     path = Path(path)
-    tensors, raw = read_tensors(path)
-    metadata = _upgraded(raw, path)
+    tensors, metadata = read_tensors(path)
+    metadata = _upgraded(metadata, path)
     if metadata.get("kind") != "potential":
-        raise CheckpointError(f"{path}: holds a {metadata.get('kind')}, not a potential")
-    name = metadata.get("model")
-    if name not in MODELS:
-        raise CheckpointError(f"{path}: unknown model {name!r}; this version has {', '.join(MODELS)}")
+        raise CheckpointError(f"{path}: holds a {str(metadata.get('kind'))[:40]}, not a potential")
     try:
-        # Shapes come first on the meta device: hyperparameters that ask for more memory than the file holds
-        # are refused before anything is allocated.
-        with torch.device("meta"):
-            shapes = {k: tuple(v.shape) for k, v in build(name, **metadata["hyperparameters"]).state_dict().items()}
-        stored = {k.removeprefix("model."): tuple(v.shape) for k, v in tensors.items() if k.startswith("model.")}
-        if shapes != stored:
-            raise CheckpointError(f"{path}: its tensors do not fit the hyperparameters in its metadata")
-        model = build(name, **metadata["hyperparameters"])
-        repulsion = ZBL() if metadata.get("repulsion") == "zbl" else None
-        potential = Potential(model, tensors["e0"], float(tensors["scale"]), repulsion, metadata)
-        potential.to(getattr(torch, {"float32": "float32", "float64": "float64"}[metadata["dtype"]]))
-        potential.load_state_dict(tensors)
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot rebuild the model ({type(error).__name__}: {error})") from None
+        potential = _rebuilt(metadata, tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError, MemoryError, RecursionError) as error:
+        reason = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        what = "lacks the entry " if isinstance(error, KeyError) else ""
+        raise CheckpointError(f"{path}: cannot rebuild the model: {what}{reason[:500]}") from None
     return potential.to(device=device, dtype=dtype).eval()
+
+
+def _rebuilt(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Potential:
+    """The potential that the metadata describe, with the tensors; refuses what does not fit."""
+    name = metadata["model"]
+    if not isinstance(name, str) or name not in MODELS:
+        raise ValueError(f"unknown model {str(name)[:40]!r}; this version has {', '.join(MODELS)}")
+    if metadata["units"] != UNITS:
+        raise ValueError(f"units {str(metadata['units'])[:200]} instead of {UNITS}")
+    if metadata["dtype"] not in ("float32", "float64"):
+        raise ValueError(f"dtype {str(metadata['dtype'])[:40]!r} is neither float32 nor float64")
+    if metadata["repulsion"] not in (None, "zbl"):
+        raise ValueError(f"unknown repulsion {str(metadata['repulsion'])[:40]!r}")
+    hyperparameters = metadata["hyperparameters"]
+    if not isinstance(hyperparameters, dict):
+        raise TypeError("its hyperparameters are not a table")
+    stored = {key: tensor for key, tensor in tensors.items() if key.startswith("model.")}
+    # Building draws random weights: neither the caller's random state nor the memory may suffer
+    # from it.
+    with (
+        torch.random.fork_rng(devices=[]),
+        _Budget(sum(tensor.numel() for tensor in stored.values())),
+    ):
+        model = build(name, **hyperparameters)
+    repulsion = ZBL() if metadata["repulsion"] == "zbl" else None
+    e0, scale = tensors["e0"], tensors["scale"]
+    if e0.dtype != torch.float64 or scale.dtype != torch.float64 or scale.dim() != 0:
+        raise ValueError("e0 and scale have to be float64, scale a single number")
+    if not math.isfinite(scale) or bool(e0.isinf().any()):
+        raise ValueError("e0 or scale is not finite")
+    potential = Potential(model, e0, float(scale), repulsion, metadata).to(
+        getattr(torch, metadata["dtype"])
+    )
+    _check_fit(potential.state_dict(), tensors)
+    potential.load_state_dict(tensors)
+    symbols = [chemical_symbols[z] for z in potential.elements]
+    if metadata["elements"] != symbols or metadata["cutoff"] != potential.cutoff:
+        raise ValueError("elements or cutoff in its metadata are not those of the model")
+    return potential
+
+
+def _check_fit(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    missing, unknown = (
+        sorted(expected.keys() - stored.keys()),
+        sorted(stored.keys() - expected.keys()),
+    )
+    if missing or unknown:
+        raise ValueError(f"tensors missing: {_some(missing)}; tensors unknown: {_some(unknown)}")
+    for name, tensor in stored.items():
+        want = expected[name]
+        if tensor.shape != want.shape or tensor.dtype != want.dtype:
+            raise ValueError(
+                f"tensor '{name[:80]}' is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"the hyperparameters ask for {want.dtype} {tuple(want.shape)}"
+            )
+
+
+def _some(names: list[str]) -> str:
+    return (
+        ", ".join(name[:80] for name in names[:3]) + (", ..." if len(names) > 3 else "") or "none"
+    )
+
+
+class _Budget(TorchFunctionMode):
+    """Refuses, before it is allocated, what is out of proportion to the file.
+
+    Hyperparameters in a file are mere claims.  A model's tensors are those in the file plus tables
+    (harmonics, grids), for which there is an allowance.
+    """
+
+    ALLOWANCE = 20_000_000  # elements
+
+    def __init__(self, stored: int) -> None:
+        super().__init__()
+        self.left = 4 * stored + self.ALLOWANCE
+        self.sized = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full}
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in self.sized and args:
+            shape = args[0] if isinstance(args[0], Iterable) else args
+            self.left -= math.prod(n for n in shape if isinstance(n, int))
+        elif func is torch.arange and args:
+            self.left -= int(max(abs(a) for a in args if isinstance(a, int | float)))
+        elif func is torch.eye and args:
+            self.left -= int(args[0]) ** 2
+        if self.left < 0:
+            raise ValueError("the hyperparameters ask for far more than the tensors in the file")
+        return func(*args, **(kwargs or {}))
 
 
 def _upgraded(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -178,15 +288,40 @@ def _upgraded(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
             f"please upgrade: pip install -U eqmlip"
         )
     while number < FORMAT:
-        metadata = UPGRADES[number](metadata)
+        try:
+            metadata = UPGRADES[number](metadata)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot upgrade from format {number}: {error}") from None
         number += 1
-    return metadata
+    return {**metadata, "format": number}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    value = _plain(value) if hasattr(value, "tolist") else value
+    if isinstance(value, list):
+        return _finite(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of numpy and torch as JSON can write them."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__} is not JSON")
 
 
 def _check_torch() -> None:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < MINIMUM_TORCH:
+        need = ".".join(map(str, MINIMUM_TORCH))
         warnings.warn(
-            f"torch {torch.__version__} has known holes in reading files; upgrade to {'.'.join(map(str, MINIMUM_TORCH))}",
+            f"torch {torch.__version__} has known holes in reading files; upgrade to {need}",
             stacklevel=3,
         )
