@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch_geometric.data import Batch, Data
+from torch_geometric.data import Data
 
 from mlip.data.neighbors import neighbor_list
 
@@ -60,14 +60,19 @@ class AtomicGraph(Data):
 
     @classmethod
     def from_atoms(cls, atoms: Atoms, cutoff: float) -> AtomicGraph:
-        """Graph of an ASE structure: geometry, and charge and spin where ``atoms.info`` has them; no labels."""
+        """Graph of an ASE structure: geometry, charge and spin where ``atoms.info`` has them, no labels."""
         extra = {
             key: torch.tensor([float(atoms.info[name])], dtype=torch.float64)
-            for key, names in (("charge", ("charge", "total_charge")), ("spin", ("spin", "total_spin")))
+            for key, names in (
+                ("charge", ("charge", "total_charge")),
+                ("spin", ("spin", "total_spin")),
+            )
             for name in names
             if name in atoms.info
         }
-        return cls.from_arrays(atoms.numbers, atoms.positions, np.asarray(atoms.cell), atoms.pbc, cutoff, **extra)
+        return cls.from_arrays(
+            atoms.numbers, atoms.positions, np.asarray(atoms.cell), atoms.pbc, cutoff, **extra
+        )
 
     @classmethod
     def from_arrays(
@@ -100,9 +105,36 @@ class AtomicGraph(Data):
 
     @staticmethod
     def collate(graphs: Sequence[AtomicGraph]) -> AtomicGraph:
-        """Batch of single structures; the given graphs stay as they are."""
-        skip = ["batch", "ptr"]  # PyG writes the batch's own
-        return Batch.from_data_list(list(graphs), exclude_keys=skip)  # type: ignore[arg-type,return-value]
+        """Batch of structures; the given graphs stay as they are.
+
+        All fields are joined along their first dimension, except that atom indices are shifted.  (PyG's ``Batch`` does
+        the same and ten times slower, because it asks every graph anew how each field is joined.)
+        """
+        if not graphs:
+            raise ValueError("there is no graph to put into a batch")
+        stores = [
+            graph._store._mapping for graph in graphs
+        ]  # the plain dict below PyG's attribute access
+        made_here = {"edge_index", "batch", "ptr", "num_nodes"}
+        keys = [key for key in stores[0] if key not in made_here]
+        for number, store in enumerate(stores):
+            if odd := (store.keys() ^ stores[0].keys()) - made_here:
+                raise ValueError(
+                    f"graph {number} of the batch differs from the first in having or lacking {sorted(odd)}"
+                )
+        sizes = torch.cat([store["ptr"].diff() for store in stores])  # (G,)
+        ptr = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        edges, offset = [], 0
+        for store in stores:
+            edges.append(store["edge_index"] + offset)
+            offset += len(store["positions"])
+        return AtomicGraph(
+            **{key: torch.cat([store[key] for store in stores]) for key in keys},
+            edge_index=torch.cat(edges, dim=1),
+            batch=torch.repeat_interleave(sizes),
+            ptr=ptr,
+            num_nodes=offset,
+        )
 
     @property
     def num_structures(self) -> int:
@@ -117,7 +149,9 @@ class AtomicGraph(Data):
     def edge_vectors(self) -> Tensor:
         """(E, 3) vectors from centre to neighbour, differentiable in positions and cell."""
         j, i = self.edge_index
-        shift = self.cell_shifts[:, None, :] @ self.cell.index_select(0, self.batch.index_select(0, i))
+        shift = self.cell_shifts[:, None, :] @ self.cell.index_select(
+            0, self.batch.index_select(0, i)
+        )
         return self.positions.index_select(0, j) - self.positions.index_select(0, i) + shift[:, 0]
 
     def replace(self, **fields: Tensor) -> AtomicGraph:
@@ -129,7 +163,9 @@ class AtomicGraph(Data):
 
     def strained(self, strain: Tensor) -> AtomicGraph:
         """Copy under r -> r (1 + eps), eps the symmetric part of ``strain`` (G, 3, 3)."""
-        F = torch.eye(3, dtype=strain.dtype, device=strain.device) + (strain + strain.mT) / 2  # (G, 3, 3)
+        F = (
+            torch.eye(3, dtype=strain.dtype, device=strain.device) + (strain + strain.mT) / 2
+        )  # (G, 3, 3)
         positions = (self.positions[:, None, :] @ F.index_select(0, self.batch))[:, 0]
         return self.replace(positions=positions, cell=self.cell @ F)
 
