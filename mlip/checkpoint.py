@@ -91,7 +91,12 @@ def write_tensors(
         )
         for name, t in plain.items()
     )
-    write_bytes(path, serialize(plain, metadata={"mlip": text, "sha256": digest(text, raw)}))
+    blob = serialize(plain, metadata={"mlip": text, "sha256": digest(text, raw)})
+    # safetensors writes its metadata in random order; sorted, equal contents give equal files.
+    length = int.from_bytes(blob[:8], "little")
+    header = json.dumps(json.loads(blob[8 : 8 + length]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    write_bytes(path, len(header).to_bytes(8, "little") + header + blob[8 + length :])
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -198,6 +203,7 @@ def _rebuilt(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Potential:
     hyperparameters = metadata["hyperparameters"]
     if not isinstance(hyperparameters, dict):
         raise TypeError("its hyperparameters are not a table")
+    json.dumps(hyperparameters, allow_nan=False)  # ValueError: no cutoff is infinite
     stored = {key: tensor for key, tensor in tensors.items() if key.startswith("model.")}
     # Building draws random weights: neither the caller's random state nor the memory may suffer
     # from it.
