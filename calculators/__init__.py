@@ -1,1 +1,28 @@
-"""Potentials at work in ASE: ``EqCalculator``, ``relax``, ``run_md``."""
+"""Potentials at work in ASE: ``EqCalculator``, ``relax``, ``run_md``.
+
+>>> from mlip.calculators import EqCalculator
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlip.calculators.simulate import relax, run_md
+
+    from mlip.calculators.eq_calculator import EqCalculator
+
+__all__ = ["EqCalculator", "relax", "run_md"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that importing the package loads no torch.
+    if name == "EqCalculator":
+        from mlip.calculators.eq_calculator import EqCalculator
+
+        return EqCalculator
+    if name in ("relax", "run_md"):
+        from mlip.calculators import simulate
+
+        return getattr(simulate, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,100 @@
+"""From what a user calls a model (object, file, pattern, name) to the calculator's potentials."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mlip.pretrained
+from mlip.checkpoint import load
+from mlip.potential import Potential
+
+SUFFIX = ".safetensors"
+ModelSource = Potential | str | os.PathLike[str] | Sequence[Any]
+
+
+def shipped() -> dict[str, Path]:
+    """Models that come with the package, by name."""
+    files = Path(mlip.pretrained.__path__[0]).glob(f"*{SUFFIX}")
+    return {file.stem: file for file in sorted(files)}
+
+
+def find_models(name: str | os.PathLike[str]) -> list[Path]:
+    """Files meant by a path, a pattern (``run-*/model.safetensors``) or a shipped name."""
+    text = os.path.expanduser(os.fspath(name))
+    if os.path.isfile(text):
+        return [Path(text)]
+    if glob.has_magic(text):
+        files = sorted(Path(file) for file in glob.glob(text))
+        if not files:
+            raise FileNotFoundError(f"no file matches '{text}'")
+        return files
+    names = {key.lower(): path for key, path in shipped().items()}
+    if text.lower() in names:
+        return [names[text.lower()]]
+    if os.path.isdir(text):
+        raise IsADirectoryError(f"{text}: is a folder; give the model file in it (*{SUFFIX})")
+    close = difflib.get_close_matches(text.lower(), names, n=1, cutoff=0.5)
+    hint = f"; did you mean '{names[close[0]].stem}'?" if close else ""
+    listed = ", ".join(path.stem for path in names.values()) or "none"
+    raise FileNotFoundError(
+        f"no model file '{text}', and no shipped model of that name (there are: {listed}){hint}"
+    )
+
+
+def own_potentials(
+    model: ModelSource, device: torch.device, dtype: torch.dtype | None
+) -> list[Potential]:
+    """Potentials in evaluation mode, shared with nobody; ``dtype`` None keeps their own."""
+    if isinstance(model, Potential):
+        # A copy: what the caller does to his potential afterwards (training, .to) stays his affair.
+        own = copy.deepcopy(model).to(device=device, dtype=dtype)
+        return [own.eval().requires_grad_(False)]
+    if isinstance(model, str | os.PathLike):
+        paths = find_models(model)
+        return [load(path, device=device, dtype=dtype).requires_grad_(False) for path in paths]
+    if isinstance(model, Sequence) and model:
+        return [one for member in model for one in own_potentials(member, device, dtype)]
+    if isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"{type(model).__name__} is an energy model without reference energies; "
+            f"pass Potential(model, e0)"
+        )
+    raise ValueError(
+        f"model = {model!r}: give a model file, the name of a shipped model "
+        f"({', '.join(shipped()) or 'none'}), a Potential, or a list of these"
+    )
+
+
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """'auto', '' and None mean the GPU if there is one."""
+    if device is None or device in ("auto", ""):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"device = {device!r}: {first}; give 'auto', 'cpu' or 'cuda'") from None
+    if parsed.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device = {device!r}, but torch sees no GPU; give device='cpu' or 'auto'")
+    return parsed
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """None and '' keep the dtype of the model."""
+    if dtype is None or dtype == "":
+        return None
+    names = {"float32": torch.float32, "float64": torch.float64}
+    try:
+        return names[str(dtype).removeprefix("torch.")]
+    except KeyError:
+        raise ValueError(
+            f"dtype = {dtype!r}; give 'float32', 'float64' or '' (the model's)"
+        ) from None

@@ -1,0 +1,89 @@
+"""Refuse structures that no potential can answer for, with the atom and the reason."""
+
+from __future__ import annotations
+
+import numpy as np
+from ase import Atoms
+from ase.data import chemical_symbols
+from ase.geometry import complete_cell
+
+OVERLAP = 0.1  # angstrom; closer atoms are a mistake of the input
+FLAT = 1e-3  # angstrom; least distance between lattice planes
+CROWDED = (
+    100.0  # atoms per angstrom^3; a lower bound on their overlap, known before any list is made
+)
+
+
+def check_structure(atoms: Atoms, known: np.ndarray) -> None:
+    """Raise ValueError unless elements are known and the geometry is a geometry.
+
+    Parameters
+    ----------
+    atoms : structure
+    known : (119,) bool, elements of the potential by atomic number
+    """
+    if len(atoms) == 0:
+        raise ValueError("the structure has no atoms; there is nothing to evaluate")
+    check_elements(atoms.numbers, known)
+    finite = np.isfinite(atoms.positions).all(axis=1)
+    if not finite.all():
+        k = int(np.argmin(finite))
+        raise ValueError(f"position of {_name(atoms, k)} is {atoms.positions[k]}: not finite")
+    cell, pbc = np.asarray(atoms.cell), atoms.pbc
+    if not np.isfinite(cell).all():
+        raise ValueError(f"the cell has entries that are not finite: {cell.tolist()}")
+    if pbc.any():
+        _check_cell(cell, pbc, len(atoms))
+
+
+def check_elements(numbers: np.ndarray, known: np.ndarray) -> None:
+    """Raise ValueError naming the elements, and the first atom of each, that are not known."""
+    if numbers.min() >= 0 and numbers.max() < len(known) and known[numbers].all():
+        return
+    strange = [z for z in np.unique(numbers) if not (0 <= z < len(known) and known[z])]
+    first = ", ".join(f"{_symbol(z)} (atom {int(np.argmax(numbers == z))})" for z in strange)
+    have = ", ".join(_symbol(z) for z in np.flatnonzero(known)) or "none"
+    raise ValueError(f"the model does not know the element {first}; it knows {have}")
+
+
+def check_distances(atoms: Atoms, edge_index: np.ndarray, lengths: np.ndarray) -> None:
+    """Raise ValueError for atoms on top of each other; edges as of ``NeighborCache``."""
+    if len(lengths) and lengths.min() < OVERLAP:
+        e = int(np.argmin(lengths))
+        j, i = edge_index[:, e]
+        other = "its own periodic image" if i == j else _name(atoms, j)
+        raise ValueError(
+            f"{_name(atoms, i)} and {other} overlap: {lengths[e]:.3g} angstrom apart; "
+            f"remove one of them or check cell and units (angstrom)"
+        )
+
+
+def _check_cell(cell: np.ndarray, pbc: np.ndarray, num_atoms: int) -> None:
+    lengths = np.linalg.norm(cell, axis=1)
+    if (lengths[pbc] < OVERLAP).any():
+        k = int(np.flatnonzero(pbc & (lengths < OVERLAP))[0])
+        raise ValueError(
+            f"pbc is on along lattice vector {k}, whose length is {lengths[k]:.3g} angstrom; "
+            f"give a cell or set pbc[{k}] = False"
+        )
+    full = complete_cell(cell * pbc[:, None])
+    volume = abs(np.linalg.det(full))
+    areas = np.linalg.norm(np.cross(full[[1, 2, 0]], full[[2, 0, 1]]), axis=1)
+    if volume <= FLAT * areas[pbc].max():
+        raise ValueError(
+            f"the cell is singular (volume {volume:.3g} angstrom^3): its lattice vectors "
+            f"lie in a plane or on a line: {cell.tolist()}"
+        )
+    if pbc.all() and num_atoms > CROWDED * volume:
+        raise ValueError(
+            f"{num_atoms} atoms in {volume:.3g} angstrom^3 overlap; "
+            f"check the cell and its unit (angstrom)"
+        )
+
+
+def _symbol(z: int) -> str:
+    return chemical_symbols[z] if 0 <= z < len(chemical_symbols) else f"Z={z}"
+
+
+def _name(atoms: Atoms, k: int) -> str:
+    return f"atom {k} ({_symbol(atoms.numbers[k])})"
