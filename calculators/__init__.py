@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlip.calculators.simulate import relax, run_md
-
     from mlip.calculators.eq_calculator import EqCalculator
+    from mlip.calculators.simulate import relax, run_md
 
 __all__ = ["EqCalculator", "relax", "run_md"]
 

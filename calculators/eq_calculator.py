@@ -179,7 +179,7 @@ class EqCalculator(Calculator):
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Changes since the last calculation, with charge and spin if the model reads them."""
         changes = list(super().check_state(atoms, tol=tol))
-        if not changes and self._read_info(atoms) != self._read_info(self.atoms):
+        if not changes and self._read_info(atoms) != self._read_info(self._given(None)):
             changes.append("info")
         return changes
 
@@ -246,14 +246,14 @@ class EqCalculator(Calculator):
         positions = atoms.positions / self._length_unit
         cell = np.array(atoms.cell) / self._length_unit
         edges = self._caches[cutoff].edges(positions, cell, atoms.pbc)
-        check_distances(atoms, edges.index, edges.lengths * self._length_unit)
+        check_distances(atoms, edges.edge_index, edges.lengths * self._length_unit)
         n = len(atoms)
         graph = AtomicGraph(
             atomic_numbers=torch.as_tensor(atoms.numbers, dtype=torch.int64),
             positions=torch.from_numpy(positions),
             cell=torch.from_numpy(cell)[None],
             pbc=torch.from_numpy(np.array(atoms.pbc))[None],
-            edge_index=torch.from_numpy(edges.index),
+            edge_index=torch.from_numpy(edges.edge_index),
             cell_shifts=torch.from_numpy(edges.shifts),
             batch=torch.zeros(n, dtype=torch.int64),
             ptr=torch.tensor([0, n]),
@@ -411,7 +411,7 @@ def _refuse_unknown(options: dict[str, Any]) -> None:
 
 
 def _parse_info_keys(info_keys: Mapping[str, str] | None) -> dict[str, tuple[str, ...]]:
-    keys = dict(ATOMS_INFO)
+    keys: dict[str, tuple[str, ...]] = dict(ATOMS_INFO)
     for name, key in (info_keys or {}).items():
         short = name.removeprefix("total_")  # the names of MACE
         if short not in keys:

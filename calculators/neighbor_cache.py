@@ -26,7 +26,7 @@ SLACK = 1e-9  # angstrom; rounding of the bound itself
 class Edges(NamedTuple):
     """Pairs within the cutoff, ordered by (i, j, shift)."""
 
-    index: np.ndarray  # (2, E) int64, neighbour j and centre i
+    edge_index: np.ndarray  # (2, E) int64, neighbour j and centre i
     shifts: np.ndarray  # (E, 3) float64, integers
     lengths: np.ndarray  # (E,) angstrom
 
@@ -37,7 +37,7 @@ class _Reference(NamedTuple):
     positions: np.ndarray  # (N, 3)
     pbc: np.ndarray  # (3,)
     cell: np.ndarray  # (3, 3), non-periodic directions completed
-    index: np.ndarray  # (2, E)
+    edge_index: np.ndarray  # (2, E)
     shifts: np.ndarray  # (E, 3)
 
 
@@ -65,14 +65,14 @@ class NeighborCache:
         reference = self._reference
         if reference is None or not self._complete(reference, positions, full, pbc):
             reference = self._build(positions, cell, full, pbc)
-        j, i = reference.index
+        j, i = reference.edge_index
         vectors = positions.take(j, axis=0)
         vectors -= positions.take(i, axis=0)
         vectors += self._cell_offsets(reference, full)
         squares = np.einsum("ec,ec->e", vectors, vectors)
         kept = np.flatnonzero(squares < self.cutoff**2)
         return Edges(
-            reference.index.take(kept, axis=1),
+            reference.edge_index.take(kept, axis=1),
             reference.shifts.take(kept, axis=0),
             np.sqrt(squares.take(kept)),
         )

@@ -86,4 +86,4 @@ def _symbol(z: int) -> str:
 
 
 def _name(atoms: Atoms, k: int) -> str:
-    return f"atom {k} ({_symbol(atoms.numbers[k])})"
+    return f"atom {k} ({_symbol(int(atoms.numbers[k]))})"
