@@ -56,6 +56,200 @@ def info(
     typer.echo(describe(model))
 
 
+@app.command()
+def convert(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="INPUT... OUT", help="Files or patterns; the last one is the output.")
+    ],
+    energy_key: Annotated[str | None, typer.Option(help="Key of the energy.")] = None,
+    forces_key: Annotated[str | None, typer.Option(help="Key of the forces.")] = None,
+    stress_key: Annotated[str | None, typer.Option(help="Key of the stress.")] = None,
+    virial_key: Annotated[str | None, typer.Option(help="Key of the virial, -V stress.")] = None,
+    config_type_key: Annotated[str | None, typer.Option(help="Key of the config_type.")] = None,
+    group_key: Annotated[
+        str | None, typer.Option(help="Key that says which structures belong together in a split.")
+    ] = None,
+    energy_unit: Annotated[
+        str, typer.Option(help="eV, meV, kcal/mol, kJ/mol, Hartree or Ry.")
+    ] = "eV",
+    length_unit: Annotated[str, typer.Option(help="angstrom, bohr or nm.")] = "angstrom",
+    forces_unit: Annotated[
+        str | None, typer.Option(help="For example Hartree/bohr. [default: energy/length]")
+    ] = None,
+    stress_unit: Annotated[
+        str | None, typer.Option(help="eV/A^3, GPa, kbar, ... [default: energy/length^3]")
+    ] = None,
+    virial_unit: Annotated[str | None, typer.Option(help="[default: the energy's]")] = None,
+    stress_order: Annotated[
+        str | None,
+        typer.Option(help="Of six numbers: ase (xx yy zz yz xz xy) or vasp (xx yy zz xy yz zx)."),
+    ] = None,
+    flip_stress: Annotated[
+        bool, typer.Option("--flip-stress", help="Compression is positive in the input.")
+    ] = False,
+    level_of_theory: Annotated[str, typer.Option(help="Text stored with the data.")] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    allow_unfinished: Annotated[
+        bool, typer.Option("--allow-unfinished", help="Take VASP outputs that were cut short.")
+    ] = False,
+) -> None:
+    """Convert labelled structures to a data file (OUT.h5), or a data file back (OUT.xyz).
+
+    \b
+    Examples:
+      mlip convert train.xyz.gz train.h5
+      mlip convert 'runs/*/OUTCAR' more.traj all.h5 --level-of-theory PBE
+      mlip convert md.xyz md.h5 --energy-unit kcal/mol --forces-key grad
+      mlip convert all.h5 all.xyz
+    """
+    from rich.console import Console
+
+    from mlip.data.convert import convert as run
+    from mlip.data.convert import format_report
+    from mlip.data.labels import LabelOptions
+
+    if len(paths) < 2:
+        raise ValueError("give at least one input and the output: mlip convert INPUT... OUT")
+    report = run(
+        paths[:-1],
+        paths[-1],
+        overwrite=overwrite,
+        allow_unfinished=allow_unfinished,
+        level_of_theory=level_of_theory,
+        options=LabelOptions(
+            energy_key=energy_key,
+            forces_key=forces_key,
+            stress_key=stress_key,
+            virial_key=virial_key,
+            config_type_key=config_type_key,
+            group_key=group_key,
+            energy_unit=energy_unit,
+            length_unit=length_unit,
+            forces_unit=forces_unit,
+            stress_unit=stress_unit,
+            virial_unit=virial_unit,
+            stress_order=stress_order,
+            flip_stress=flip_stress,
+        ),
+    )
+    Console().print(format_report(report))
+    for text in report.warnings:
+        typer.echo(f"warning: {text}", err=True)
+
+
+@app.command()
+def relax(
+    structures: Annotated[
+        list[str], typer.Argument(metavar="STRUCTURE...", help="Files; all frames are relaxed.")
+    ],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Model file, pattern, or name of a shipped model.")
+    ],
+    cell: Annotated[bool, typer.Option("--cell", help="Relax the cell too.")] = False,
+    pressure: Annotated[float, typer.Option(help="External pressure in GPa, with --cell.")] = 0.0,
+    symmetry: Annotated[bool, typer.Option("--symmetry", help="Keep the space group.")] = False,
+    fmax: Annotated[float, typer.Option(help="Largest force at the end, eV/angstrom.")] = 0.01,
+    steps: Annotated[int, typer.Option(help="Give up after so many steps.")] = 500,
+    optimizer: Annotated[
+        str, typer.Option(help="FIRE, FIRE2, BFGS, LBFGS or BFGSLineSearch.")
+    ] = "FIRE",
+    symprec: Annotated[float, typer.Option(help="Tolerance of symmetry, angstrom.")] = 0.01,
+    out: Annotated[str | None, typer.Option(help="Write the relaxed structures here.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32 or float64. [default: the model's]", show_default=False)
+    ] = "",
+) -> None:
+    """Relax structures; those that fail say why and the rest are finished.
+
+    \b
+    Examples:
+      mlip relax si.cif --model silicon --cell
+      mlip relax *.cif -m model.safetensors --cell --pressure 10 --symmetry --out relaxed.xyz
+    """
+    from mlip.calculators.reports import relax_and_report
+
+    finished = relax_and_report(
+        structures,
+        model,
+        out=out,
+        cell=cell,
+        pressure=pressure,
+        keep_symmetry=symmetry,
+        fmax=fmax,
+        max_steps=steps,
+        optimizer=optimizer,
+        symprec=symprec,
+        device=device,
+        dtype=dtype,
+    )
+    if not finished:
+        raise typer.Exit(1)
+
+
+@app.command()
+def md(
+    structure: Annotated[
+        str, typer.Argument(metavar="STRUCTURE", help="File; its last frame is the start.")
+    ],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Model file, pattern, or name of a shipped model.")
+    ],
+    ensemble: Annotated[str, typer.Option(help="nve, langevin, nose-hoover or npt.")] = "langevin",
+    temperature: Annotated[float, typer.Option(help="K")] = 300.0,
+    pressure: Annotated[float, typer.Option(help="GPa, of npt.")] = 0.0,
+    timestep: Annotated[float, typer.Option(help="fs")] = 1.0,
+    steps: Annotated[int, typer.Option(help="Of the whole run, before and after a restart.")] = 1000,
+    friction: Annotated[float, typer.Option(help="1/fs, of langevin.")] = 0.01,
+    whole_cell: Annotated[
+        bool, typer.Option("--whole-cell", help="npt: all of the cell, not its volume only.")
+    ] = False,
+    repeat: Annotated[
+        tuple[int, int, int], typer.Option(help="Repeat the structure: a supercell.")
+    ] = (1, 1, 1),
+    trajectory: Annotated[str, typer.Option(help="extxyz, or ASE's .traj.")] = "md.xyz",
+    log: Annotated[str, typer.Option(help="CSV file.")] = "md.csv",
+    interval: Annotated[int, typer.Option(help="Steps between frames and lines.")] = 10,
+    restart: Annotated[bool, typer.Option("--restart", help="Continue an earlier run.")] = False,
+    seed: Annotated[int, typer.Option(help="Of momenta and thermostat.")] = 0,
+    max_force: Annotated[float, typer.Option(help="Stop beyond, eV/angstrom.")] = 1000.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32 or float64. [default: the model's]", show_default=False)
+    ] = "",
+) -> None:
+    """Run molecular dynamics with trajectory, log and exact restart.
+
+    \b
+    Examples:
+      mlip md si.cif --model silicon --repeat 2 2 2 --temperature 600 --steps 5000
+      mlip md si.cif --model silicon --repeat 2 2 2 --temperature 600 --steps 9000 --restart
+      mlip md water.xyz -m model.safetensors --ensemble npt --pressure 0.1 --timestep 0.5
+    """
+    from mlip.calculators.reports import md_and_report
+
+    md_and_report(
+        structure,
+        model,
+        repeat=repeat,
+        ensemble=ensemble,
+        temperature=temperature,
+        pressure=pressure,
+        timestep=timestep,
+        steps=steps,
+        friction=friction,
+        whole_cell=whole_cell,
+        trajectory=trajectory,
+        log=log,
+        interval=interval,
+        restart=restart,
+        seed=seed,
+        max_force=max_force,
+        device=device,
+        dtype=dtype,
+    )
+
+
 def main() -> None:
     """Entry point: errors of the user's input are one line without a traceback.
 
