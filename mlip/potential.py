@@ -48,7 +48,9 @@ class Potential(nn.Module):
     ) -> None:
         super().__init__()
         if e0.shape != (119,):
-            raise ValueError(f"e0 has shape {tuple(e0.shape)}; give (119,), one energy per atomic number")
+            raise ValueError(
+                f"e0 has shape {tuple(e0.shape)}; give (119,), one energy per atomic number"
+            )
         self.model: Any = model
         self.repulsion = repulsion
         self.register_buffer("e0", e0.to(torch.float64))
@@ -111,7 +113,9 @@ class Potential(nn.Module):
                 )
                 if node.forces is None:
                     j, i = graph.edge_index
-                    out["forces"] = torch.zeros_like(graph.positions).index_add(0, i, g).index_add(0, j, -g)
+                    out["forces"] = (
+                        torch.zeros_like(graph.positions).index_add(0, i, g).index_add(0, j, -g)
+                    )
                 if stress:
                     out["stress"] = self._stress(graph, vectors, g)
         return out if self.training else {key: value.detach() for key, value in out.items()}

@@ -30,4 +30,6 @@ def name_of(model: nn.Module) -> str:
     for name, (model_class, _) in MODELS.items():
         if type(model) is model_class:
             return name
-    raise ValueError(f"{type(model).__name__} is not in MODELS; pass the model as an object and save it yourself")
+    raise ValueError(
+        f"{type(model).__name__} is not in MODELS; pass the model as an object and save it yourself"
+    )

@@ -32,16 +32,22 @@ class ZBL(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("radii", torch.tensor(covalent_radii, dtype=torch.float64), persistent=False)
+        self.register_buffer(
+            "radii", torch.tensor(covalent_radii, dtype=torch.float64), persistent=False
+        )
 
     def forward(self, graph: AtomicGraph) -> Tensor:
         """(N,) energies in eV, in the dtype of ``graph.vectors``."""
         j, i = graph.edge_index
-        r = graph.vectors.norm(dim=-1)  # (E,) never zero: the neighbour list has no self pairs at zero shift
+        r = graph.vectors.norm(
+            dim=-1
+        )  # (E,) never zero: the neighbour list has no self pairs at zero shift
         Zi, Zj = graph.atomic_numbers[i], graph.atomic_numbers[j]
         reach = self.radii[Zi] + self.radii[Zj]
         zi, zj = Zi.to(r.dtype), Zj.to(r.dtype)
         x = r / (0.8854 * Bohr) * (zi**0.23 + zj**0.23)
         phi = sum(c * torch.exp(-d * x) for c, d in PHI)
         energy = 0.5 * COULOMB * zi * zj / r * phi * polynomial_envelope(r / reach)
-        return torch.zeros(len(graph.positions), dtype=r.dtype, device=r.device).index_add(0, i, energy)
+        return torch.zeros(len(graph.positions), dtype=r.dtype, device=r.device).index_add(
+            0, i, energy
+        )

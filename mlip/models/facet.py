@@ -1,0 +1,272 @@
+"""Facet: steerable message passing with radial weights linear in few Bessel functions and products on the sphere.
+
+Features x_i are O(3) irreps of natural parity with equal multiplicities, x[lm, i, c], l <= L.  One layer:
+
+    T_i[lm b, l'm' s] = n^-1/2 sum_j Y_lm(r_ij) B_b(r_ij) f(r_ij) g_j[l'm', s],   g = few channels of x     (density)
+    A_i[l''m'', c]    = sum  W CG (T_i)                                                                      (weights)
+    P_i               = project_L ( U_i(r) V_i(r) )     products of functions on the sphere, U, V = linear in A
+    q_i               = A_0, |U_l|^2, U_l.P_l, |P_l|^2                       invariants of 2 to 5 bodies per layer
+    x_i <- x_i + linear(U_i, P_i),   scalars <- scalars + MLP(q_i),   E_i <- E_i + readout(MLP(q_i))
+
+Because the radial weights are linear in B_b, they commute with the sum over neighbours: the sum has no weights at all.
+It is one batched matrix product per atom with a tensor Y B that all layers share; weights and Clebsch-Gordan
+coupling act on atoms, not on edges.
+
+After N. Miklaucic et al., "Facet" (arXiv:2509.08418): linear radial functions and S2-grid mixing.  Differences: parity
+kept, full neighbourhood with a smooth envelope, energies summed, exact products on a Gauss-Legendre grid by default.
+
+Symmetry: O(3), translations and permutations exactly with ``grid="poly"``; with ``grid="mlp"`` rotations only up to
+aliasing (measured in ``docs/models.md``).  No term survives without neighbours: an isolated atom has energy zero.
+Cost: O(E LM B S) + O(N LM C^2).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mlip.config import Config
+from mlip.data.graph import AtomicGraph, NodeOutput
+from mlip.nn.constant import Constant
+from mlip.nn.neighborhoods import gather_neighborhoods
+from mlip.nn.radial import bessel, polynomial_envelope
+from mlip.nn.sphere_grid import SphereGrid
+from mlip.nn.spherical import SphericalHarmonics, clebsch_gordan, degree_of_component
+
+
+class FacetConfig(Config):
+    """Hyperparameters of Facet, the important ones first."""
+
+    cutoff: float = Field(5.0, gt=0, description="neighbours up to this distance, angstrom")
+    channels: int = Field(64, ge=4, le=1024, description="C, multiplicity of every degree")
+    num_layers: int = Field(2, ge=1, le=8)
+    lmax: int = Field(3, ge=1, le=6, description="L, largest degree of features and products")
+    message_channels: tuple[int, ...] = Field(
+        (16, 8), description="channels of degree 0, 1, ... that a neighbour sends"
+    )
+    num_basis: int = Field(8, ge=2, le=64, description="B, Bessel functions")
+    hidden: int = Field(64, ge=4, le=4096, description="width of the networks on invariants")
+    grid: Literal["poly", "mlp"] = Field(
+        "poly", description="on the sphere: exact products, or a pointwise network (approximate)"
+    )
+    grid_degree: int | None = Field(
+        None, ge=1, le=64, description="exactness of the grid, 3 L if null"
+    )
+    avg_num_neighbors: float = Field(
+        20.0, gt=0, description="scale of sums over neighbours, from the training set"
+    )
+
+
+class Facet(nn.Module):
+    """The model; see the module's docstring for the equations."""
+
+    def __init__(self, config: FacetConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.embed = nn.Embedding(119, c.channels)  # one row per Z, row 0 unused
+        self.harmonics = SphericalHarmonics(c.lmax)
+        self.layers = nn.ModuleList(
+            Layer(c, degrees=c.message_channels if t else c.message_channels[:1])
+            for t in range(c.num_layers)
+        )
+
+    @property
+    def receptive_field(self) -> float:
+        """Angstrom; no atom farther away changes an atom's energy."""
+        return self.config.num_layers * self.config.cutoff
+
+    def forward(self, graph: AtomicGraph) -> NodeOutput:
+        c = self.config
+        N = len(graph.atomic_numbers)
+        hood = gather_neighborhoods(graph.vectors, graph.edge_index, N, c.cutoff)
+        r = hood.vectors.norm(dim=-1, keepdim=True)  # (N, K, 1)
+        Y = self.harmonics(hood.vectors / r)  # (N, K, LM)
+        x = r[..., 0] / c.cutoff
+        B = bessel(x, c.num_basis) * (
+            polynomial_envelope(x) / math.sqrt(4 * c.avg_num_neighbors)
+        ).unsqueeze(-1)  # (N, K, B)
+        edges = (Y[..., :, None] * B[..., None, :]).flatten(2).mT  # (N, LM B, K)
+
+        species = self.embed(graph.atomic_numbers)  # (N, C)
+        scalars, steerable = species, None
+        energy = torch.zeros_like(species[:, 0])
+        for layer in self.layers:
+            scalars, steerable, e = layer(scalars, steerable, species, edges, hood.neighbors)
+            energy = energy + e
+        return NodeOutput(energy=energy, features=scalars)
+
+
+class Layer(nn.Module):
+    """Density, product on the sphere, invariants, update."""
+
+    def __init__(self, c: FacetConfig, degrees: tuple[int, ...]) -> None:
+        super().__init__()
+        C, L = c.channels, c.lmax
+        self.channels = C
+        self.send = nn.ModuleList(
+            nn.Linear(C if l == 0 else 2 * C, S, bias=False) for l, S in enumerate(degrees)
+        )
+        self.density = Density(L, c.num_basis, degrees, 2 * C)
+        self.species_gate = nn.Linear(C, 2 * C, bias=False)
+        self.product = GridProduct(L, C, c.grid, c.grid_degree or 3 * L)
+        self.invariants = Invariants(L)
+        self.mlp = InvariantMLP((2 + 3 * (L + 1)) * C, c.hidden, C, C)
+        self.readout = nn.Linear(C, 1, bias=False)
+        nn.init.zeros_(self.species_gate.weight)
+
+    def forward(
+        self,
+        scalars: Tensor,
+        steerable: Tensor | None,
+        species: Tensor,
+        edges: Tensor,
+        neighbors: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        messages = [self.send[0](scalars)]  # (N, S0)
+        for l, send in enumerate(self.send):
+            if l > 0:
+                assert steerable is not None
+                g = send(steerable[l * l : (l + 1) ** 2])  # (2l+1, N, S)
+                messages.append(g.transpose(0, 1).flatten(1))  # (N, (2l+1) S)
+        A = self.density(edges, messages, neighbors)  # (LM, N, 2C)
+        A = A * (1 + self.species_gate(species))
+        U, V = A.split(self.channels, dim=-1)
+        P = self.product(U, V)  # (LM, N, C)
+        q = torch.cat(
+            [A[0], self.invariants(U, U), self.invariants(U, P), self.invariants(P, P)], -1
+        )
+        update = self.mlp(q, species)  # (N, C)
+        return scalars + update, torch.cat([U, P], dim=-1), self.readout(update).squeeze(-1)
+
+
+class Density(nn.Module):
+    """Sum over neighbours of Y_lm B_b g_l'm's, coupled to total degree, mixed to channels."""
+
+    def __init__(self, lmax: int, num_basis: int, degrees: tuple[int, ...], channels: int) -> None:
+        super().__init__()
+        self.lmax, self.num_basis, self.degrees = lmax, num_basis, degrees
+        self.couplings = nn.ModuleList(Coupling(lmax, l) for l in range(1, len(degrees)))
+        paths = [lmax + 1, *(coupling.num_paths for coupling in self.couplings)]
+        # Each output degree receives about (number of paths / number of degrees) inputs of each kind.
+        fan_in = sum(p / (lmax + 1) * num_basis * S for p, S in zip(paths, degrees, strict=True))
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.randn(p, num_basis * S, channels) / math.sqrt(fan_in))
+            for p, S in zip(paths, degrees, strict=True)
+        )
+        self.register_buffer("degree", degree_of_component(lmax), persistent=False)
+
+    def forward(self, edges: Tensor, messages: list[Tensor], neighbors: Tensor) -> Tensor:
+        N, _, K = edges.shape
+        g = torch.cat(messages, dim=-1).index_select(0, neighbors).view(N, K, -1)
+        S0 = self.degrees[0]
+        T = torch.bmm(edges, g[..., :S0])  # (N, LM B, S0)
+        T = T.view(N, -1, self.num_basis * S0).transpose(0, 1)  # (LM, N, B S0)
+        A = torch.bmm(T, self.weights[0].index_select(0, self.degree))
+        first = S0
+        for coupling, S, weight in zip(
+            self.couplings, self.degrees[1:], list(self.weights)[1:], strict=True
+        ):
+            width = (2 * coupling.l + 1) * S
+            rows = coupling.filter_components * self.num_basis
+            T = torch.bmm(edges[:, :rows], g[..., first : first + width])  # (N, lm B, m' S)
+            first += width
+            T = coupling(
+                T.view(N, coupling.filter_components, self.num_basis, 2 * coupling.l + 1, S)
+            )
+            T = torch.bmm(T, weight.index_select(0, coupling.path))  # (Q, N, C)
+            A = A.index_add(0, coupling.component, T)
+        return A
+
+
+class Coupling(nn.Module):
+    """Clebsch-Gordan coupling Y_l1 x g_l -> all l3 <= L of natural parity, l1 <= 2.
+
+    (N, lm, B, m', S) -> (Q, N, B S), Q components of all paths; ``path`` and ``component`` say which.
+    """
+
+    def __init__(self, lmax: int, l: int) -> None:
+        super().__init__()
+        self.l = l
+        filter_max = min(lmax, 2)
+        self.filter_components = (filter_max + 1) ** 2
+        rows, path, component, num = [], [], [], 0
+        for l1 in range(filter_max + 1):
+            for l3 in range(abs(l1 - l), min(l1 + l, lmax) + 1):
+                if (l1 + l + l3) % 2:
+                    continue  # would have unnatural parity
+                C = clebsch_gordan(l1, l, l3) * math.sqrt(2 * l3 + 1)  # (m1, m, m3)
+                block = torch.zeros(2 * l3 + 1, self.filter_components, 2 * l + 1, dtype=C.dtype)
+                block[:, l1 * l1 : (l1 + 1) ** 2] = C.permute(2, 0, 1)
+                rows.append(block.flatten(1))
+                path += [num] * (2 * l3 + 1)
+                component += list(range(l3 * l3, (l3 + 1) ** 2))
+                num += 1
+        self.num_paths = num
+        self.matrix = Constant(torch.cat(rows))  # (Q, lm m')
+        self.register_buffer("path", torch.tensor(path), persistent=False)
+        self.register_buffer("component", torch.tensor(component), persistent=False)
+
+    def forward(self, T: Tensor) -> Tensor:
+        N, _, B, _, S = T.shape
+        T = T.permute(1, 3, 0, 2, 4).reshape(-1, N * B * S)  # (lm m', N B S)
+        return (self.matrix() @ T).view(-1, N, B * S)
+
+
+class GridProduct(nn.Module):
+    """Combine two functions on the sphere pointwise and project back to degree L.
+
+    ``poly``: the product, exact for a grid of degree 3 L.  ``mlp``: a pointwise network of both, approximate.
+    """
+
+    def __init__(self, lmax: int, channels: int, kind: str, degree: int) -> None:
+        super().__init__()
+        self.grid = SphereGrid(lmax, degree)
+        self.scale = (2 * lmax + 1) / (lmax + 1) ** 2  # unit variance in, unit variance out
+        self.mlp = (
+            nn.Sequential(
+                nn.Linear(2 * channels, channels, bias=False),
+                nn.SiLU(),
+                nn.Linear(channels, channels, bias=False),
+            )
+            if kind == "mlp"
+            else None
+        )
+
+    def forward(self, U: Tensor, V: Tensor) -> Tensor:
+        u, v = self.grid.synthesis(U), self.grid.synthesis(V)  # (P, N, C)
+        f = u * v * self.scale if self.mlp is None else self.mlp(torch.cat([u, v], dim=-1))
+        return self.grid.analysis(f)
+
+
+class Invariants(nn.Module):
+    """Scalar products per degree: (LM, N, C), (LM, N, C) -> (N, (L + 1) C)."""
+
+    def __init__(self, lmax: int) -> None:
+        super().__init__()
+        l = degree_of_component(lmax)
+        rows = (l == torch.arange(lmax + 1)[:, None]) / (2 * torch.arange(lmax + 1)[:, None] + 1)
+        self.rows = Constant(rows)  # (L + 1, LM)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        q = self.rows() @ (a * b).flatten(1)  # (L + 1, N C)
+        return q.view(-1, *a.shape[1:]).transpose(0, 1).flatten(1)
+
+
+class InvariantMLP(nn.Module):
+    """Two layers without biases, gated by the species: zero in, zero out."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, species: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(inputs, hidden, bias=False)
+        self.gate = nn.Linear(species, hidden, bias=False)
+        self.second = nn.Linear(hidden, hidden, bias=False)
+        self.third = nn.Linear(hidden, outputs, bias=False)
+
+    def forward(self, q: Tensor, species: Tensor) -> Tensor:
+        h = nn.functional.silu(self.first(q)) * (1 + self.gate(species))
+        h = nn.functional.silu(self.second(h))
+        return self.third(h)

@@ -1,0 +1,32 @@
+"""Constants of a model that keep their float64 digits whatever dtype the model visits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+
+class Constant(nn.Module):
+    """A tensor that follows the model's device and dtype but is always cast from its float64 original.
+
+    An ordinary buffer would come back rounded from a visit to float32, and with it a symmetry exact to 1e-7 only.
+    It is not part of the state dict.
+    """
+
+    value: Tensor
+
+    def __init__(self, exact: Tensor) -> None:
+        super().__init__()
+        self.exact = exact.detach().to("cpu", torch.float64)
+        self.register_buffer("value", self.exact.to(torch.get_default_dtype()), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.value = self.exact.to(device=self.value.device, dtype=self.value.dtype)
+        return self
+
+    def forward(self) -> Tensor:
+        return self.value

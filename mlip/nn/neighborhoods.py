@@ -1,0 +1,37 @@
+"""From a list of edges to padded neighbourhoods, so that sums over neighbours become batched matrix products."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Neighborhoods(NamedTuple):
+    """Edges laid out by centre: N centres with K slots each.
+
+    Empty slots hold a vector of the cutoff's length, where the envelope and two of its derivatives vanish:
+    they add exactly nothing to any sum, and need no mask.
+    """
+
+    vectors: Tensor  # (N, K, 3) centre to neighbour, angstrom
+    neighbors: Tensor  # (N * K,) index of the neighbour; 0 in empty slots
+
+
+def gather_neighborhoods(
+    vectors: Tensor, edge_index: Tensor, num_nodes: int, cutoff: float
+) -> Neighborhoods:
+    """Lay out edges (E), sorted by centre, in K slots for each centre; K is the largest number of neighbours."""
+    j, i = edge_index
+    E = len(j)
+    degree = torch.bincount(i, minlength=num_nodes)  # (N,)
+    K = max(int(degree.max()) if num_nodes else 0, 1)
+    first = degree.cumsum(0) - degree
+    slot = torch.arange(E, device=i.device) + i * K - first.index_select(0, i)
+    table = torch.full((num_nodes * K,), E, device=i.device)
+    table[slot] = torch.arange(E, device=i.device)
+    padding = torch.tensor([[0.0, 0.0, cutoff]], dtype=vectors.dtype, device=vectors.device)
+    padded = torch.cat([vectors, padding]).index_select(0, table)
+    neighbors = torch.cat([j, j.new_zeros(1)]).index_select(0, table)
+    return Neighborhoods(padded.view(num_nodes, K, 3), neighbors)
