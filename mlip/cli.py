@@ -199,7 +199,7 @@ def md(
     temperature: Annotated[float, typer.Option(help="K")] = 300.0,
     pressure: Annotated[float, typer.Option(help="GPa, of npt.")] = 0.0,
     timestep: Annotated[float, typer.Option(help="fs")] = 1.0,
-    steps: Annotated[int, typer.Option(help="Of the whole run, before and after a restart.")] = 1000,
+    steps: Annotated[int, typer.Option(help="Of the whole run, restarts included.")] = 1000,
     friction: Annotated[float, typer.Option(help="1/fs, of langevin.")] = 0.01,
     whole_cell: Annotated[
         bool, typer.Option("--whole-cell", help="npt: all of the cell, not its volume only.")
@@ -211,6 +211,9 @@ def md(
     log: Annotated[str, typer.Option(help="CSV file.")] = "md.csv",
     interval: Annotated[int, typer.Option(help="Steps between frames and lines.")] = 10,
     restart: Annotated[bool, typer.Option("--restart", help="Continue an earlier run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of momenta and thermostat.")] = 0,
     max_force: Annotated[float, typer.Option(help="Stop beyond, eV/angstrom.")] = 1000.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -243,11 +246,90 @@ def md(
         log=log,
         interval=interval,
         restart=restart,
+        overwrite=overwrite,
         seed=seed,
         max_force=max_force,
         device=device,
         dtype=dtype,
     )
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Configuration.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as model.channels=32.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue what run_dir holds, if it holds anything.")
+    ] = False,
+) -> None:
+    """Train a potential.
+
+    \b
+    Examples:
+      mlip config --preset small > si.yaml
+      mlip train si.yaml data.train=si.h5 schedule.max_time=30m run_dir=runs/si
+      mlip train si.yaml data.train=si.h5 schedule.max_time=30m run_dir=runs/si --resume
+      torchrun --nproc-per-node 2 -m mlip train si.yaml
+    """
+    from mlip.training.config import load_training
+    from mlip.training.console import train_on_console
+
+    more = ["resume=auto"] if resume else []
+    train_on_console(load_training(config, [*(overrides or []), *more]))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model file, or the name of a shipped model.")
+    ],
+    data: Annotated[list[str], typer.Argument(metavar="DATA.h5...", help="Labelled data files.")],
+    out: Annotated[
+        str | None, typer.Option(help="Folder for tables, parity plots and predictions (extxyz).")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Structures at a time.")] = 16,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32 or float64. [default: the model's]", show_default=False)
+    ] = "",
+) -> None:
+    """Errors of a model on labelled data: MAE and RMSE of energy, forces and stress by config_type.
+
+    \b
+    Examples:
+      mlip eval runs/si/best.safetensors test.h5
+      mlip eval silicon test.h5 --out report
+    """
+    from mlip.evaluation.evaluate import evaluate_files
+
+    reports = evaluate_files(model, data, out, batch_size=batch_size, device=device, dtype=dtype)
+    typer.echo("\n\n".join(report.text() for report in reports))
+
+
+@app.command()
+def config(
+    preset: Annotated[str, typer.Option(help="small, medium or large.")] = "medium",
+    model: Annotated[str, typer.Option(help="Name of the model.")] = "facet",
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema instead, for editors.")
+    ] = False,
+) -> None:
+    """Print a commented configuration to start from.
+
+    \b
+    Examples:
+      mlip config --preset small > train.yaml
+      mlip config --schema > schema.json
+    """
+    import json
+
+    from mlip.training.config import json_schema, to_yaml
+    from mlip.training.config import preset as make
+
+    text = json.dumps(json_schema(model), indent=2) if schema else to_yaml(make(model, preset))
+    typer.echo(text)
 
 
 def main() -> None:

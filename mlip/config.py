@@ -43,7 +43,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         raw = file.read(MAX_YAML_BYTES + 1)
     if len(raw) > MAX_YAML_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_YAML_BYTES} bytes; this is not a configuration")
+        raise ConfigError(
+            f"{path}: larger than {MAX_YAML_BYTES} bytes; this is not a configuration"
+        )
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

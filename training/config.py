@@ -153,7 +153,9 @@ class ModelConfig(Config):
 class StageTwoConfig(Config):
     """Other weights towards the end of the training."""
 
-    start: float = Field(0.75, ge=0, lt=1, description="share of the training after which it begins")
+    start: float = Field(
+        0.75, ge=0, lt=1, description="share of the training after which it begins"
+    )
     energy: float | None = Field(None, ge=0, description="null: as before")
     forces: float | None = Field(None, ge=0, description="null: as before")
     stress: float | None = Field(None, ge=0, description="null: as before")
@@ -195,7 +197,10 @@ class OptimizerConfig(Config):
     muon_lr: float = Field(0.01, gt=0, description="learning rate of muon's matrices")
     clip_grad: float | None = Field(10.0, gt=0, description="norm of the gradient at most")
     ema_decay: float | None = Field(
-        0.99, gt=0, lt=1, description="average of the weights that is validated and saved; null: none"
+        0.99,
+        gt=0,
+        lt=1,
+        description="average of the weights that is validated and saved; null: none",
     )
 
     @model_validator(mode="after")
@@ -215,7 +220,9 @@ class ScheduleConfig(Config):
         description="such as 30m or 1h30m: ends then, with the schedule stretched to end with it; "
         "with max_epochs what is reached first",
     )
-    warmup: float = Field(0.02, ge=0, lt=1, description="share of the training, learning rate from 0")
+    warmup: float = Field(
+        0.02, ge=0, lt=1, description="share of the training, learning rate from 0"
+    )
     final: float = Field(0.0, ge=0, le=1, description="cosine: learning rate at the end, relative")
     factor: float = Field(0.5, gt=0, lt=1, description="plateau: reduction")
     plateau_patience: int = Field(
@@ -269,7 +276,8 @@ class TrainConfig(Config):
     run_dir: Path = Field(Path("run"), description="folder of everything that is written")
     seed: int = Field(0, ge=0, lt=2**31, description="of weights and of the order of the data")
     resume: Literal["auto", "never", "must"] = Field(
-        "never", description="continue what run_dir holds: if there is something, never, or else fail"
+        "never",
+        description="continue what run_dir holds: if there is something, never, or else fail",
     )
     citation: str | None = Field(None, description="goes into the model file")
     licence: str | None = Field(None, description="goes into the model file")
@@ -288,7 +296,9 @@ def config_class(name: str) -> type[TrainConfig]:
     from mlip.models import MODELS
 
     if name not in MODELS:
-        raise ConfigError(f"option 'model.name': unknown model {name!r}; there are {', '.join(MODELS)}")
+        raise ConfigError(
+            f"option 'model.name': unknown model {name!r}; there are {', '.join(MODELS)}"
+        )
     hyperparameters = MODELS[name][1]
     fields: dict[str, Any] = {"name": (Literal[name], Field(name, description="the model"))}
     if "avg_num_neighbors" in hyperparameters.model_fields:
@@ -376,7 +386,9 @@ def _without_aliases(content: Mapping[str, Any], source: str) -> dict[str, Any]:
         else:
             table = result
         if leaf in table:
-            raise ConfigError(f"{source}: '{key}' and '{ALIASES[key]}' are the same; give one of them")
+            raise ConfigError(
+                f"{source}: '{key}' and '{ALIASES[key]}' are the same; give one of them"
+            )
         table[leaf] = value
         if section:
             result[section] = table

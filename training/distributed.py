@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-TIMEOUT = timedelta(minutes=30)  # a process that died is noticed at once, this is for one that hangs
+TIMEOUT = timedelta(
+    minutes=30
+)  # a process that died is noticed at once, this is for one that hangs
 
 
 def rank() -> int:

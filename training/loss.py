@@ -155,4 +155,6 @@ def _residual(value: Tensor, graph: AtomicGraph, name: str) -> tuple[Tensor, Ten
 
 
 def _weight(graph: AtomicGraph) -> Tensor:
-    return graph.weight if "weight" in graph else torch.ones_like(graph.ptr[1:], dtype=torch.float64)
+    return (
+        graph.weight if "weight" in graph else torch.ones_like(graph.ptr[1:], dtype=torch.float64)
+    )

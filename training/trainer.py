@@ -255,7 +255,10 @@ class Trainer:
         }
         if (self.epoch + 1) % self.schedule.valid_every == 0 or self.progress >= 1:
             self._validate()
-            row |= {"valid_loss": self.score(self.valid_errors), **flat(self.valid_errors, "valid_")}
+            row |= {
+                "valid_loss": self.score(self.valid_errors),
+                **flat(self.valid_errors, "valid_"),
+            }
         loss = float(distributed.all_sum(self.loss_sum)) / max(1, self.loss_steps)
         totals = ErrorSums(device=self.device)
         totals.sums = distributed.all_sum(self.sums.sums)
@@ -385,7 +388,9 @@ class Trainer:
         if numbers.get("kind") != "training state":
             raise ValueError(f"{path}: not the state of a training")
         if numbers.get("format") != state.FORMAT:
-            raise ValueError(f"{path}: state of format {numbers.get('format')}, this version reads 1")
+            raise ValueError(
+                f"{path}: state of format {numbers.get('format')}, this version reads 1"
+            )
         changed = state.differences(numbers["fingerprint"], self.fingerprint)
         if changed:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -218,6 +218,38 @@ def evaluate_file(
 
         parity_plot({Path(path).stem: pairs.arrays()}, folder / "parity.png")
     return report
+
+
+def evaluate_files(
+    model: str | Path,
+    data: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    batch_size: int = 16,
+    device: str = "auto",
+    dtype: str = "",
+) -> list[Report]:
+    """``evaluate_file`` for several files and a model given by its file or name; a subfolder of ``out`` for each."""
+    from mlip.checkpoint import load
+    from mlip.pretrained import find
+
+    if dtype not in ("", "float32", "float64"):
+        raise ValueError(f"dtype must be float32 or float64, got '{dtype}'")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    potential = load(find(model), device=device, dtype=getattr(torch, dtype) if dtype else None)
+    folders = [None if out is None else Path(out) for _ in data]
+    if len(data) > 1:
+        stems = [Path(path).stem for path in data]
+        if len(set(stems)) < len(stems):
+            raise ValueError(f"two of the files have the same name: {', '.join(stems)}")
+        folders = [folder and folder / stem for folder, stem in zip(folders, stems, strict=True)]
+    return [
+        evaluate_file(potential, path, folder, batch_size=batch_size)
+        for path, folder in zip(data, folders, strict=True)
+    ]
 
 
 def check_elements(potential: Potential, dataset: HDF5Dataset) -> None:

@@ -29,9 +29,7 @@ class ErrorSums:
     names : config types; a batch says by number which structure is of which
     """
 
-    def __init__(
-        self, names: Sequence[str] = ("all",), device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, names: Sequence[str] = ("all",), device: torch.device | str = "cpu") -> None:
         self.names = tuple(names)
         # (quantity, config type, [sum |x|, sum x^2, count])
         self.sums = torch.zeros(3, len(self.names), 3, dtype=torch.float64, device=device)
@@ -122,4 +120,8 @@ def _milli(value: float) -> str:
     value *= 1000
     if not math.isfinite(value):
         return "nan"
-    return f"{value:.0f}" if value >= 1000 else f"{value:.{1 if value >= 100 else 2 if value >= 1 else 3}f}"
+    return (
+        f"{value:.0f}"
+        if value >= 1000
+        else f"{value:.{1 if value >= 100 else 2 if value >= 1 else 3}f}"
+    )

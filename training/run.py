@@ -1,0 +1,366 @@
+"""A training run from its configuration: data, statistics, model, training, final tables and plots.
+
+Everything that is global to a process is set here and nowhere else: allocator, threads, seeds, matrix precision,
+signal handlers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import io
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mlip import checkpoint
+from mlip.data.dataset import HDF5Dataset, split, split_by_file
+from mlip.data.duplicates import find_duplicates
+from mlip.data.loader import GraphLoader
+from mlip.data.statistics import Statistics, compute_statistics, format_statistics, require_elements
+from mlip.data.transforms import RandomRotation
+from mlip.evaluation.evaluate import Pairs, evaluate
+from mlip.evaluation.metrics import UNITS, Errors, table
+from mlip.models import build
+from mlip.nn.zbl import ZBL
+from mlip.potential import Potential
+from mlip.training import distributed
+from mlip.training.config import DataConfig, TrainConfig, hyperparameters, to_yaml
+from mlip.training.log import read_rows
+from mlip.training.loss import Objective
+from mlip.training.signals import StopSignals
+from mlip.training.trainer import BEST, LAST, STATE, Trainer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+logger = logging.getLogger(__name__)
+
+TRAIN_SAMPLE = 2000  # training structures in the final table; evenly chosen from larger sets
+
+
+def train(config: TrainConfig, console: Console | None = None) -> Path:
+    """Train a potential as configured; under ``torchrun`` together with the other processes.
+
+    Parameters
+    ----------
+    config : of ``parse_training`` or ``load_training``
+    console : where a progress bar is drawn; none without
+
+    Returns
+    -------
+    Path
+        The best model, ``run_dir/best.safetensors``.
+
+    Raises
+    ------
+    ValueError, OSError
+        Naming the option, file, frame or element, before the training begins where possible.
+    Interrupted
+        After SIGTERM or Ctrl-C, with the state saved; its code is 143 or 130.
+    """
+    if config.runtime.tune_allocator:
+        tune_allocator()
+    if config.runtime.num_threads is not None:
+        torch.set_num_threads(config.runtime.num_threads)
+    torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
+    with (
+        StopSignals() as signals,
+        distributed.process_group(config.runtime.device) as device,
+        _log_file(config),
+    ):
+        resume = _wants_resume(config)
+        data = prepare_data(config)
+        config, potential = make_potential(config, data)
+        potential.to(device)
+        # From here on processes may differ, for example in dropout.
+        torch.manual_seed(config.seed + 1 + distributed.rank())
+        if distributed.rank() == 0:
+            (config.run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        loader = _train_loader(config.data, data.train, config.seed, pin=device.type == "cuda")
+        has_stress = data.statistics.num_labels.get("stress", 0) > 0
+        objective = Objective.from_config(config.loss, has_stress=has_stress)
+        bar = _progress_bar(config, console)
+        with bar as on_step:
+            trainer = Trainer(
+                potential,
+                objective,
+                loader,
+                data.valid,
+                config,
+                signals=signals,
+                fingerprint=_fingerprint(config, data),
+                on_step=on_step,
+            )
+            if resume:
+                trainer.resume()
+            signals.polite = True
+            trainer.fit()
+            signals.polite = False
+        if signals.received:
+            raise SystemExit(128 + signals.received)
+        if distributed.rank() == 0:
+            report(config, data, device)
+    return config.run_dir / BEST
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data sets of a run."""
+
+    train: HDF5Dataset  # without isolated atoms
+    valid: HDF5Dataset
+    tests: dict[str, HDF5Dataset]
+    statistics: Statistics
+    sha256: dict[str, str]  # of the files
+
+
+def prepare_data(config: TrainConfig) -> RunData:
+    """Open and divide the data, compute statistics, refuse elements that the training set lacks."""
+    d = config.data
+    cutoff = float(getattr(config.model, "cutoff"))  # noqa: B009 (a field of the model's own section)
+    whole = HDF5Dataset(d.train, cutoff, cache=True, seed=config.seed)
+    if d.valid is not None:
+        train_set, valid = whole, HDF5Dataset(d.valid, cutoff, cache=True)
+    elif d.split_file is not None:
+        train_set, valid = split_by_file(whole, d.split_file)
+    else:
+        train_set, valid = split(whole, d.valid_fraction, d.split_seed, by=d.split_by)
+    tests = {path.stem: HDF5Dataset(path, cutoff) for path in d.test}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # they come back as text in the statistics
+        statistics = compute_statistics(train_set, None if d.e0 == "auto" else d.e0)
+    for note in statistics.warnings:
+        logger.warning("%s", note)
+    logger.info("%s", _text(format_statistics(statistics)))
+    for part in (valid, *tests.values()):
+        require_elements(statistics, part)
+    valid = _without_isolated(valid, "validation set")
+    train_set = _without_isolated(train_set, "training set")
+    if statistics.num_labels["energy"] == statistics.num_labels["forces"] == 0:
+        raise ValueError(f"{d.train}: neither energies nor forces to train on")
+    if distributed.rank() == 0:
+        duplicates = find_duplicates({"train": train_set, "valid": valid, **tests})
+        if duplicates.across:
+            logger.warning("%s", duplicates.describe())
+    if d.augment == "rotations":
+        train_set.transform = RandomRotation()
+    logger.info("%d structures to train on, %d to validate", len(train_set), len(valid))
+    files = {str(path): path for path in (d.train, d.valid, *d.test) if path is not None}
+    return RunData(
+        train_set,
+        valid,
+        {name: _without_isolated(part, "test set") for name, part in tests.items()},
+        statistics,
+        {name: file_sha256(path) for name, path in files.items()},
+    )
+
+
+def make_potential(config: TrainConfig, data: RunData) -> tuple[TrainConfig, Potential]:
+    """Untrained potential, and the configuration completed by what the data say."""
+    s = data.statistics
+    torch.manual_seed(config.seed)
+    own = hyperparameters(config, avg_num_neighbors=max(s.avg_num_neighbors, 1.0))
+    if "avg_num_neighbors" in own:
+        section = config.model.model_copy(update={"avg_num_neighbors": own["avg_num_neighbors"]})
+        config = config.model_copy(update={"model": section})
+    scale = next(x for x in (s.rms_force, s.energy_std, 1.0) if math.isfinite(x) and x > 0)
+    attributes = data.train.file.attributes
+    metadata: dict[str, Any] = {
+        "level_of_theory": attributes.get("level_of_theory") or None,
+        "training": {
+            "data": config.data.train.name,
+            "sha256": data.sha256[str(config.data.train)],
+            "source": attributes.get("source") or None,
+            "structures": len(data.train),
+            "seed": config.seed,
+        },
+        "citation": config.citation,
+        "licence": config.licence,
+    }
+    metadata["training"] = {k: v for k, v in metadata["training"].items() if v is not None}
+    repulsion = ZBL() if config.model.repulsion == "zbl" else None
+    model = build(config.model.name, **own)
+    potential = Potential(
+        model, s.e0, scale, repulsion, {k: v for k, v in metadata.items() if v is not None}
+    )
+    potential.to(torch.float64 if config.precision.dtype == "float64" else torch.float32)
+    number = sum(p.numel() for p in potential.parameters())
+    logger.info("%s: %d parameters, energies in units of %.4g eV", config.model.name, number, scale)
+    return config, potential
+
+
+def report(config: TrainConfig, data: RunData, device: torch.device) -> dict[str, Errors]:
+    """Errors of the best model by data set and config type: table, plots, and in the model file."""
+    path = config.run_dir / BEST
+    if not path.is_file():
+        logger.warning("no validation was finite; reporting the last model instead of the best")
+        path = config.run_dir / LAST
+    potential = checkpoint.load(path, device=device)
+    sample = data.train.subset(range(0, len(data.train), -(-len(data.train) // TRAIN_SAMPLE)))
+    sample.transform = None
+    totals: dict[str, Errors] = {}
+    points = {}
+    texts = []
+    for name, part in {"train": sample, "valid": data.valid, **data.tests}.items():
+        pairs = Pairs()
+        sums = evaluate(
+            potential, part, batch_size=config.data.valid_batch_size, on_batch=pairs.add
+        )
+        totals[name] = sums.total()
+        points[name] = pairs.arrays()
+        if len(sums.names) > 1:
+            rows = {**sums.by_type(), "all": totals[name]}
+            texts.append(table(rows, title=name))
+    texts.append(table(totals, title=path.name))
+    text = "\n\n".join(texts)
+    logger.info("%s", text)
+    (config.run_dir / "errors.txt").write_text(text + "\n", encoding="utf-8")
+    checkpoint.save(potential, path, errors={name: _described(e) for name, e in totals.items()})
+    if config.logging.plots:
+        from mlip.evaluation.plots import learning_curve, parity_plot
+
+        parity_plot(points, config.run_dir / "parity.png")
+        learning_curve(read_rows(config.run_dir), config.run_dir / "learning_curve.png")
+    logger.info("%s", path)
+    return totals
+
+
+def tune_allocator() -> None:
+    """Let glibc keep freed memory instead of mapping it anew for each large tensor: 1.5 to 3 times faster on a CPU."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library: nothing to gain, nothing lost
+        return
+    for option, value in ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 1 << 26)):
+        mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _wants_resume(config: TrainConfig) -> bool:
+    """Whether to continue what run_dir holds; the folder is made."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    state = config.run_dir / STATE
+    if config.resume == "never" and state.is_file():
+        raise ValueError(
+            f"{config.run_dir} holds a training run; continue it with --resume, or choose another run_dir"
+        )
+    if config.resume == "must" and not state.is_file():
+        raise ValueError(
+            f"{state}: no saved state to continue; resume: auto starts where there is none"
+        )
+    return state.is_file()
+
+
+def _fingerprint(config: TrainConfig, data: RunData) -> dict[str, Any]:
+    """What decides the course of a training besides its state; extending or ending it early is allowed."""
+    dump = config.model_dump(mode="json")
+    keys = (
+        "batch_size",
+        "max_atoms",
+        "max_edges",
+        "valid_fraction",
+        "split_seed",
+        "split_by",
+        "e0",
+        "augment",
+    )
+    return {
+        "model": dump["model"],
+        "data": {key: dump["data"][key] for key in keys},
+        "files": sorted(data.sha256[str(p)] for p in (config.data.train, config.data.valid) if p),
+        "frames": hashlib.sha256(data.train.indices.tobytes()).hexdigest()[:16],
+        "precision": dump["precision"]["dtype"],
+        "optimizer": dump["optimizer"]["name"],
+        "ema": dump["optimizer"]["ema_decay"] is not None,
+        "seed": config.seed,
+        "processes": distributed.world_size(),
+    }
+
+
+def _train_loader(d: DataConfig, dataset: HDF5Dataset, seed: int, pin: bool) -> GraphLoader:
+    size, batch = distributed.world_size(), d.batch_size
+    if batch is not None:
+        if batch % size:
+            raise ValueError(
+                f"data.batch_size={batch} cannot be shared by {size} processes; take a multiple of {size}"
+            )
+        batch //= size
+    return GraphLoader(
+        dataset,
+        batch_size=batch,
+        max_atoms=d.max_atoms,
+        max_edges=d.max_edges,
+        shuffle=True,
+        seed=seed,
+        num_workers=d.num_workers,
+        rank=distributed.rank(),
+        world_size=size,
+        pin_memory=pin,
+    )
+
+
+def _without_isolated(dataset: HDF5Dataset, name: str) -> HDF5Dataset:
+    isolated = dataset.isolated
+    if isolated.all():
+        raise ValueError(f"{dataset.path}: the {name} has no structures besides isolated atoms")
+    return dataset.subset(~isolated)
+
+
+def _described(errors: Errors) -> dict[str, float]:
+    return {
+        f"{q} {kind.upper()} / {UNITS[q]}": float(f"{1000 * e[kind]:.4g}")
+        for q, e in errors.items()
+        for kind in ("mae", "rmse")
+    }
+
+
+def _text(renderable: Any) -> str:
+    from rich.console import Console
+
+    buffer = io.StringIO()
+    Console(file=buffer, width=110, color_system=None).print(renderable)
+    return buffer.getvalue().rstrip()
+
+
+@contextmanager
+def _log_file(config: TrainConfig) -> Iterator[None]:
+    """What the package says goes into run_dir/train.log as well."""
+    package = logging.getLogger("mlip")
+    if distributed.rank() > 0:
+        yield
+        return
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(config.run_dir / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+        handler.close()
+
+
+def _progress_bar(config: TrainConfig, console: Console | None) -> Any:
+    if console is None or not config.logging.progress or not console.is_terminal:
+        return nullcontext(None)
+    if distributed.rank() > 0:
+        return nullcontext(None)
+    from mlip.training.progress import progress_bar
+
+    return progress_bar(console)
