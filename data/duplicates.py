@@ -1,8 +1,8 @@
 """Structures that occur twice, above all in training and in test data, where they flatter the errors.
 
 Two structures are the same if their cells agree and a permutation of atoms of the same element, each moved by some lattice
-vector, brings all positions together within a tolerance.  Candidates share a composition and, nearly, one number K that
-does not change under permutation and lattice translation; candidates are then compared atom by atom.
+vector, brings all positions together within a tolerance.  Candidates share a composition and, nearly, six sums over atoms
+that do not change under permutation and lattice translation; they are then compared atom by atom.
 """
 
 from __future__ import annotations
@@ -67,54 +67,49 @@ def find_duplicates(
     -----
     One pass over the files; memory for a few numbers per structure.
     """
-    places: list[Place] = []
-    keys: list[tuple[int, int, float]] = []
+    by_composition: dict[bytes, list[tuple[Place, np.ndarray, np.ndarray]]] = {}
     for name, dataset in datasets.items():
         skip = np.zeros(len(dataset), dtype=bool) if isolated else dataset.isolated
-        for k in np.flatnonzero(~skip):
-            places.append((name, int(k)))
-            keys.append(_key(dataset.structure(int(k))))
-    order = sorted(range(len(keys)), key=lambda n: keys[n])
+        for k in np.flatnonzero(~skip).tolist():
+            s = dataset.structure(k)
+            composition = np.sort(s.atomic_numbers).tobytes() + s.pbc.tobytes()
+            by_composition.setdefault(composition, []).append(((name, k), *_invariants(s)))
 
     groups: list[list[Place]] = []
-    window: list[tuple[tuple[int, int, float], Structures, list[Place]]] = []
-    for n in order:
-        name, k = places[n]
-        key = keys[n]
-        # Members of a window have the same composition and a K that rounding may have moved.
-        window = [w for w in window if w[0][:2] == key[:2] and key[2] - w[0][2] < _spread(key, tolerance)]
-        structure = datasets[name].structure(k)
-        for _, first, group in window:
-            if _same(first, structure, tolerance):
-                group.append((name, k))
-                break
-        else:
-            group = [(name, k)]
-            groups.append(group)
-            window.append((key, structure, group))
+    for members in by_composition.values():
+        places = [place for place, _, _ in members]
+        K = np.stack([k for _, k, _ in members])
+        room = np.stack([slope for _, _, slope in members]).max(axis=0) * tolerance + 1e-12
+        pairs = cKDTree(K / room).query_pairs(1.0, p=np.inf, output_type="ndarray")
+        group_of: dict[int, list[int]] = {}
+        for a, b in pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))].tolist():
+            if b in group_of and group_of[b] is group_of.get(a):
+                continue
+            first, second = (datasets[name].structure(k) for name, k in (places[a], places[b]))
+            if _same(first, second, tolerance):
+                merged = sorted({a, b, *group_of.get(a, []), *group_of.get(b, [])})
+                group_of.update(dict.fromkeys(merged, merged))
+        unique = {id(group): group for group in group_of.values()}
+        groups += [[places[k] for k in group] for group in unique.values()]
     rank = {name: number for number, name in enumerate(datasets)}
-    found = [tuple(sorted(g, key=lambda p: (rank[p[0]], p[1]))) for g in groups if len(g) > 1]
+    found = [tuple(sorted(g, key=lambda p: (rank[p[0]], p[1]))) for g in groups]
     return Duplicates(tuple(sorted(found, key=lambda g: (rank[g[0][0]], g[0][1]))))
 
 
-def _key(s: Structures) -> tuple[int, int, float]:
-    """(number of atoms, hash of the sorted elements, K)."""
-    z = np.sort(s.atomic_numbers)
-    return len(z), hash(z.tobytes()), _invariant(s)
+def _invariants(s: Structures) -> tuple[np.ndarray, np.ndarray]:
+    """Six numbers K that order and wrapping leave alone, and bounds on |dK| per angstrom of moving all atoms.
 
-
-def _invariant(s: Structures) -> float:
-    """K = sum_i Z_i (sum_periodic cos 2 pi s_i + sum_free r_i / 10 angstrom): unchanged by order and wrapping."""
-    pbc, z = s.pbc[0], s.atomic_numbers.astype(float)
-    box = _box(s.cell[0], pbc)
-    coordinates = s.positions @ np.linalg.inv(box)
-    terms = np.where(pbc, np.cos(2 * np.pi * coordinates), coordinates / 10)
-    return float(z @ terms.sum(axis=1))
-
-
-def _spread(key: tuple[int, int, float], tolerance: float) -> float:
-    # |dK| <= sum_i Z_i |grad| tolerance with Z <= 118 and a gradient below 2 pi per angstrom of height
-    return key[0] * 118 * 2 * np.pi * 3 * tolerance
+    Sums over atoms of Z cos 2 pi s and Z sin 2 pi s along periodic directions, of Z r and Z r^2 along the others.
+    """
+    pbc, z = s.pbc[0], s.atomic_numbers.astype(np.float64)
+    inverse = np.linalg.inv(_box(s.cell[0], pbc))
+    x = s.positions @ inverse
+    angle = 2 * np.pi * x
+    K = np.concatenate([z @ np.where(pbc, np.cos(angle), x), z @ np.where(pbc, np.sin(angle), x * x)])
+    per_angstrom = 2 * np.pi * np.linalg.norm(inverse, axis=0)
+    first = np.where(pbc, z.sum() * per_angstrom, z.sum())
+    second = np.where(pbc, z.sum() * per_angstrom, z @ (2 * np.abs(x)) + z.sum())
+    return K, np.concatenate([first, second])
 
 
 def _box(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:

@@ -28,8 +28,9 @@ import numpy as np
 
 SCHEMA = "mlip-1"
 UNITS = "eV, angstrom, eV/angstrom, eV/angstrom^3"
+ATTRIBUTES = ("schema", "units", "source", "level_of_theory", "created_by")
 MAX_TEXT = 256  # bytes of a config_type or group
-MAX_ATTRIBUTE = 65536  # bytes
+MAX_ATTRIBUTE = 32768  # bytes
 COPY_BYTES = 1 << 24
 
 
@@ -222,8 +223,11 @@ class HDF5Writer:
         )
         os.close(handle)
         try:
+            # Format 1.10 has checksums in its metadata: a damaged file is an error, not a crash of the library.
             # Aligned columns: numpy and the page cache both prefer them.
-            with h5py.File(name, "w", alignment_threshold=1, alignment_interval=64) as file:
+            with h5py.File(
+                name, "w", libver=("v110", "v110"), alignment_threshold=64, alignment_interval=64
+            ) as file:
                 self._fill(file)
             umask = os.umask(0)
             os.umask(umask)
@@ -250,7 +254,9 @@ class HDF5Writer:
             "created_by": f"mlip {__version__}",
         }
         for key, value in attributes.items():
-            file.attrs[key] = value
+            raw = value.encode()[: MAX_ATTRIBUTE - 1]
+            # Fixed length: text of variable length lives on a heap without checksums.
+            file.attrs.create(key, raw, dtype=h5py.string_dtype("utf-8", max(1, len(raw))))
         _copy(self._spool["ptr"], file, "ptr", (self.num_structures + 1,), np.dtype("<i8"))
         for name, column in COLUMNS.items():
             if name in self._seen:
@@ -556,12 +562,16 @@ def _attributes(file: h5py.File) -> dict[str, str]:
         return found
     for name in file.attrs:
         attribute = file.attrs.get_id(name)
-        if attribute.shape == () and attribute.get_storage_size() <= MAX_ATTRIBUTE:
-            value = file.attrs[name]
-            if isinstance(value, bytes):
-                value = value.decode("utf-8", "replace")
-            if isinstance(value, str):
-                found[name] = value[:MAX_ATTRIBUTE]
+        kind = attribute.get_type()
+        if attribute.shape != () or kind.get_class() != h5py.h5t.STRING:
+            continue
+        if kind.is_variable_str() and name not in ATTRIBUTES:
+            continue
+        if attribute.get_storage_size() > MAX_ATTRIBUTE:
+            continue
+        value = file.attrs[name]
+        text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+        found[name] = text[:MAX_ATTRIBUTE]
     return found
 
 
