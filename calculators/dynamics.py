@@ -315,10 +315,11 @@ class _Recorder:
         pressure = (
             -atoms.get_stress(include_ideal_gas=True)[:3].mean() / units.GPa if periodic else np.nan
         )
+        volume = atoms.get_volume() if periodic else np.nan
         fmax = np.sqrt((atoms.get_forces() ** 2).sum(axis=1).max())
         row = [
             step, step * timestep / 1000, atoms.get_temperature(), potential, kinetic,
-            potential + kinetic, conserved, fmax, atoms.get_volume() if periodic else np.nan, pressure,
+            potential + kinetic, conserved, fmax, volume, pressure,
         ]  # fmt: skip
         self.rows.append([float(value) for value in row])
         if self.stream is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import glob
 import os
 from collections.abc import Sequence
@@ -12,41 +11,24 @@ from typing import Any
 
 import torch
 
-import mlip.pretrained
 from mlip.checkpoint import load
 from mlip.potential import Potential
+from mlip.pretrained import find, names
 
-SUFFIX = ".safetensors"
 ModelSource = Potential | str | os.PathLike[str] | Sequence[Any]
-
-
-def shipped() -> dict[str, Path]:
-    """Models that come with the package, by name."""
-    files = Path(mlip.pretrained.__path__[0]).glob(f"*{SUFFIX}")
-    return {file.stem: file for file in sorted(files)}
 
 
 def find_models(name: str | os.PathLike[str]) -> list[Path]:
     """Files meant by a path, a pattern (``run-*/model.safetensors``) or a shipped name."""
     text = os.path.expanduser(os.fspath(name))
-    if os.path.isfile(text):
-        return [Path(text)]
-    if glob.has_magic(text):
-        files = sorted(Path(file) for file in glob.glob(text))
+    if os.path.isdir(text):
+        raise IsADirectoryError(f"{text}: is a folder; give the model file in it (*.safetensors)")
+    if glob.has_magic(text) and not os.path.exists(text):
+        files = sorted(Path(file) for file in glob.glob(text, recursive=True))
         if not files:
             raise FileNotFoundError(f"no file matches '{text}'")
         return files
-    names = {key.lower(): path for key, path in shipped().items()}
-    if text.lower() in names:
-        return [names[text.lower()]]
-    if os.path.isdir(text):
-        raise IsADirectoryError(f"{text}: is a folder; give the model file in it (*{SUFFIX})")
-    close = difflib.get_close_matches(text.lower(), names, n=1, cutoff=0.5)
-    hint = f"; did you mean '{names[close[0]].stem}'?" if close else ""
-    listed = ", ".join(path.stem for path in names.values()) or "none"
-    raise FileNotFoundError(
-        f"no model file '{text}', and no shipped model of that name (there are: {listed}){hint}"
-    )
+    return [find(text)]
 
 
 def own_potentials(
@@ -69,7 +51,7 @@ def own_potentials(
         )
     raise ValueError(
         f"model = {model!r}: give a model file, the name of a shipped model "
-        f"({', '.join(shipped()) or 'none'}), a Potential, or a list of these"
+        f"({', '.join(names()) or 'none'}), a Potential, or a list of these"
     )
 
 
@@ -91,9 +73,9 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """None and '' keep the dtype of the model."""
     if dtype is None or dtype == "":
         return None
-    names = {"float32": torch.float32, "float64": torch.float64}
+    known = {"float32": torch.float32, "float64": torch.float64}
     try:
-        return names[str(dtype).removeprefix("torch.")]
+        return known[str(dtype).removeprefix("torch.")]
     except KeyError:
         raise ValueError(
             f"dtype = {dtype!r}; give 'float32', 'float64' or '' (the model's)"

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from mlip.data.graph import AtomicGraph, NodeOutput
+from mlip.models import build
+from mlip.nn.radial import polynomial_envelope
+from mlip.potential import Potential
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +23,53 @@ def datasets() -> Path:
     if not folder.is_dir():
         pytest.skip("reference data not found; set MLIP_DATASETS to their folder")
     return folder
+
+
+class Toy(torch.nn.Module):
+    """A model as small as can be: a Morse pair and a cohesive term of the density."""
+
+    def __init__(self, cutoff: float = 5.0) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(cutoff=cutoff)
+        self.depth = torch.nn.Parameter(torch.tensor(0.15))  # eV
+        self.width = torch.nn.Parameter(torch.tensor(1.5))  # 1/angstrom
+        self.bond = torch.nn.Parameter(torch.tensor(2.5))  # angstrom
+        self.receptive_field = cutoff
+
+    def forward(self, graph: AtomicGraph) -> NodeOutput:
+        r = graph.vectors.norm(dim=-1)
+        j, i = graph.edge_index
+        Z = graph.atomic_numbers.to(r.dtype) / 20
+        bond = self.bond + 0.05 * (Z[i] + Z[j])
+        fade = polynomial_envelope(r / self.config.cutoff)
+        morse = self.depth * (1 - torch.exp(-self.width * (r - bond))) ** 2 - self.depth
+        zero = torch.zeros_like(Z)
+        pair = zero.index_add(0, i, morse * fade)
+        density = zero.index_add(0, i, Z[j] * torch.exp(-r) * fade)
+        return NodeOutput(pair - 0.3 * torch.tanh(density), torch.stack([pair, density], dim=-1))
+
+
+def random_facet() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build("facet", cutoff=4.0, channels=8, num_layers=2, lmax=2, num_basis=6, hidden=16)
+
+
+def toy() -> Potential:
+    e0 = torch.full((119,), torch.nan, dtype=torch.float64)
+    e0[[1, 6, 8, 14, 29]] = torch.tensor([-13.6, -1030.0, -2040.0, -1.5, -2.5], dtype=torch.float64)
+    return Potential(Toy(), e0).double().eval()
+
+
+@pytest.fixture(name="toy")
+def toy_fixture() -> Potential:
+    """Pair potential with a minimum: knows H, C, O, Si, Cu; float64."""
+    return toy()
+
+
+@pytest.fixture(params=["toy", "facet"])
+def potential(request: pytest.FixtureRequest) -> Potential:
+    """Toy and random Facet in turn, float64, knowing H, C, O, Si, Cu."""
+    made = toy()
+    if request.param == "facet":
+        made = Potential(random_facet(), made.e0, scale=3.0).double().eval()
+    return made

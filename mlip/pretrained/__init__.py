@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -15,17 +16,23 @@ def names() -> list[str]:
 def find(model: str | Path) -> Path:
     """The file of a model given by its path or its name; an existing path goes first.
 
+    Names are looked up in any case.
+
     Raises
     ------
     FileNotFoundError
-        Neither; the text lists the names that there are.
+        Neither; the text lists the names that there are, and the nearest.
     """
     path = Path(model)
     if path.exists():
         return path
-    if str(model) in names():
-        return FOLDER / f"{model}.safetensors"
-    shipped = ", ".join(names()) or "none"
+    by_name = {name.lower(): name for name in names()}
+    wanted = str(model).lower()
+    if wanted in by_name:
+        return FOLDER / f"{by_name[wanted]}.safetensors"
+    shipped = ", ".join(by_name.values()) or "none"
+    close = difflib.get_close_matches(wanted, by_name, n=1, cutoff=0.5)
+    hint = f"; did you mean '{by_name[close[0]]}'?" if close else ""
     raise FileNotFoundError(
-        f"{model}: no such model file, nor a model of the package (there are: {shipped})"
+        f"{model}: no such model file, nor a model of the package (there are: {shipped}){hint}"
     )

@@ -1,0 +1,141 @@
+"""Relaxation and molecular dynamics at the terminal: tables, progress bars, files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from ase import units
+from ase.io import read, write
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from mlip.calculators.dynamics import MDResult, run_md
+from mlip.calculators.relaxation import RelaxResult, relax
+
+
+def relax_and_report(
+    structures: Sequence[str], model: Any, *, out: str | None = None, **settings: Any
+) -> bool:
+    """``relax``, a table of the results, and the structures in ``out``; whether all converged."""
+    console = _console()
+    columns = (TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("relax", total=None)
+
+        def show(name: str, step: int, fmax: float) -> None:
+            progress.update(task, description=f"{name}: step {step}, fmax {fmax:.4f} eV/A")
+
+        results = relax(structures, model, on_step=show, **settings)
+    console.print(relax_table(results))
+    for result in results:
+        if result.error is not None:
+            console.print(f"{result.name}: {result.error}", markup=False, soft_wrap=True)
+    relaxed = [result.atoms for result in results if result.error is None and result.atoms]
+    if out is not None and relaxed:
+        write(out, relaxed)
+        console.print(f"{len(relaxed)} structures in {out}", markup=False, soft_wrap=True)
+    return all(result.converged for result in results)
+
+
+def _console() -> Console:
+    console = Console()
+    # In a file or a pipe a table needs no folding.
+    return console if console.is_terminal else Console(width=160)
+
+
+def relax_table(results: Sequence[RelaxResult]) -> Table:
+    """One line for each structure."""
+    table = Table(box=None, header_style="bold")
+    table.add_column("structure", overflow="fold")
+    for name in ("E/atom\n(eV)", "fmax\n(eV/A)", "pressure\n(GPa)", "volume\n(A^3)"):
+        table.add_column(name, justify="right")
+    table.add_column("a b c (A)\nangles (deg)", no_wrap=True)
+    table.add_column("space group")
+    table.add_column("steps", justify="right")
+    table.add_column("status", no_wrap=True)
+    for result in results:
+        table.add_row(os.path.basename(result.name), *_cells(result))
+    return table
+
+
+def _cells(result: RelaxResult) -> list[str]:
+    status = "failed" if result.error is not None else result.status
+    atoms = result.atoms
+    if atoms is None or not np.isfinite(result.energy):
+        return ["", "", "", "", "", result.spacegroup or "", "", status]
+    periodic = atoms.pbc.all()
+    lattice = atoms.cell.cellpar()
+    shape = " ".join(f"{x:.4f}" for x in lattice[:3]) + "\n"
+    shape += " ".join(f"{x:.2f}" for x in lattice[3:])
+    pressure = None if result.stress is None else -result.stress[:3].mean() / units.GPa
+    return [
+        f"{result.energy / len(atoms):.5f}",
+        f"{result.fmax:.4f}",
+        "" if pressure is None else f"{pressure:.3f}",
+        f"{abs(atoms.cell.volume):.3f}" if periodic else "",
+        shape if periodic else "",
+        result.spacegroup or "",
+        str(result.steps),
+        status,
+    ]
+
+
+def md_and_report(
+    structure: str,
+    model: Any,
+    *,
+    repeat: tuple[int, int, int],
+    trajectory: str,
+    log: str,
+    overwrite: bool,
+    **settings: Any,
+) -> MDResult:
+    """``run_md`` of the last frame of a file, with a progress bar and a summary."""
+    for path in (trajectory, log):
+        if os.path.exists(path) and not (overwrite or settings["restart"]):
+            raise FileExistsError(
+                f"{path} exists; continue it (--restart), replace it (--overwrite) "
+                f"or give another name"
+            )
+    console = _console()
+    atoms = read(structure)
+    if tuple(repeat) != (1, 1, 1):
+        atoms = atoms.repeat(repeat)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("steps", total=settings["steps"])
+
+        def show(step: int, steps: int) -> None:
+            progress.update(task, completed=step)
+
+        result = run_md(atoms, model, trajectory=trajectory, log=log, on_step=show, **settings)
+    console.print(f"{len(atoms)} atoms, {result.steps} steps", soft_wrap=True)
+    for name, label, unit in (
+        ("temperature_K", "temperature", "K"),
+        ("potential_eV", "potential energy", "eV"),
+        ("total_eV", "total energy", "eV"),
+        ("pressure_GPa", "pressure", "GPa"),
+        ("volume_A3", "volume", "A^3"),
+    ):
+        values = result.log[name]
+        if len(values) and np.isfinite(values).all():
+            console.print(f"  {label:<18} {values.mean():12.4f} +- {values.std():.4f} {unit}")
+    console.print(f"frames in {trajectory}, log in {log}", markup=False, soft_wrap=True)
+    return result
