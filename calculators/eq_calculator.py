@@ -313,14 +313,14 @@ class EqCalculator(Calculator):
 
     def _twice_differentiable(self, atoms: Atoms) -> bool:
         """Whether forces are derivatives of the energy that can be differentiated again."""
-        try:
+        with torch.inference_mode(False), torch.enable_grad():
             for forces, positions in self._differentiable_forces(atoms):
-                if forces.requires_grad:
-                    torch.autograd.grad(
-                        forces[0, 0], positions, materialize_grads=True, allow_unused=True
-                    )
-        except RuntimeError:  # an operation of the model has no second derivative
-            return False
+                if not forces.requires_grad:
+                    return False
+                try:
+                    torch.autograd.grad(forces[0, 0], positions, allow_unused=True)
+                except RuntimeError:  # an operation of the model has no second derivative
+                    return False
         return True
 
     def _differentiable_forces(self, atoms: Atoms) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -267,11 +267,6 @@ def test_the_callers_potential_may_go_on_learning(potential) -> None:
     assert calc.get_potential_energy(atoms) == pytest.approx(energy, abs=1.0)
 
 
-def _in_another_process(job: tuple[EqCalculator, Atoms]) -> float:
-    calc, atoms = job
-    return calc.get_potential_energy(atoms)
-
-
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_process_pools(start: str) -> None:
     torch.manual_seed(0)
@@ -522,7 +517,7 @@ class Direct(torch.nn.Module):
 
     def forward(self, graph):
         with torch.no_grad():
-            j, i = graph.edge_index
+            _, i = graph.edge_index
             pull = graph.vectors / (1 + graph.vectors.square().sum(-1, keepdim=True)) ** 3
             forces = graph.vectors.new_zeros(len(graph.positions), 3).index_add(0, i, pull)
         return self.inner(graph)._replace(forces=forces)
@@ -614,7 +609,7 @@ def test_no_memory_is_kept_over_many_calls(toy) -> None:
 
     def tensors() -> int:
         gc.collect()
-        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
     for step in range(3):
         atoms.rattle(0.01, seed=step)

@@ -39,14 +39,19 @@ def tilted() -> Atoms:
 STRUCTURES = [silicon, slab, ethanol, primitive, tilted]
 
 
+def as_set(index: np.ndarray, shifts: np.ndarray) -> set[tuple[int, ...]]:
+    rows = np.concatenate([index.T, shifts.astype(int)], axis=1)
+    return {tuple(row) for row in rows.tolist()}
+
+
 def edges_of(cache: NeighborCache, atoms: Atoms) -> set[tuple[int, ...]]:
     found = cache.edges(atoms.positions, np.array(atoms.cell), atoms.pbc)
-    return {(*pair, *shift) for pair, shift in zip(found.edge_index.T, found.shifts.astype(int))}
+    return as_set(found.edge_index, found.shifts)
 
 
 def fresh(atoms: Atoms, cutoff: float) -> set[tuple[int, ...]]:
     index, shifts = neighbor_list(atoms.positions, np.array(atoms.cell), atoms.pbc, cutoff)
-    return {(*pair, *shift) for pair, shift in zip(index.T, shifts.astype(int))}
+    return as_set(index, shifts)
 
 
 @pytest.mark.parametrize("skin", [0.0, 0.3, 2.0])
