@@ -125,4 +125,9 @@ class Potential(nn.Module):
         outer = vectors[:, :, None] * g[:, None, :]  # (E, 3, 3)
         owner = graph.batch.index_select(0, graph.edge_index[1])
         virial = vectors.new_zeros(graph.num_structures, 3, 3).index_add(0, owner, outer)
-        return (virial + virial.mT) / 2 / graph.volume[:, None, None]
+        volume = graph.volume[:, None, None]
+        # The NaN of an undefined stress must not enter the division: its derivative would be NaN
+        # even where a loss masks the value.
+        defined = ~volume.isnan()
+        stress = (virial + virial.mT) / 2 / torch.where(defined, volume, 1.0)
+        return torch.where(defined, stress, torch.nan)
