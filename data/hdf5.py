@@ -395,15 +395,12 @@ class HDF5File:
     def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
         dtype, shape = self._dtypes[name]
         rows = np.empty((stop - start, *shape), dtype=dtype)
-        buffer = (
-            memoryview(rows).cast("B")
-            if rows.dtype.kind != "S"
-            else memoryview(rows.view(np.uint8)).cast("B")
-        )
-        offset = self._offsets[name] + start * (rows.nbytes // max(1, stop - start))
-        done = 0
-        while done < rows.nbytes:
-            got = os.preadv(self._open(), [buffer[done : done + (1 << 30)]], offset + done)
+        size = rows.nbytes
+        offset = self._offsets[name] + start * (size // max(1, stop - start))
+        done = os.preadv(self._open(), (rows,), offset) if size else 0
+        while done < size:  # the kernel gives at most 2 GB at once
+            rest = rows.reshape(-1).view(np.uint8)[done : done + (1 << 30)]
+            got = os.preadv(self._open(), (rest,), offset + done)
             if got == 0:
                 raise OSError(f"{self.path}: cut short while in use ('{name}' ends early)")
             done += got
