@@ -13,6 +13,7 @@ import gzip
 import io
 import logging
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ase.db
 import ase.io
 import numpy as np
 from ase import Atoms
@@ -31,7 +33,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from mlip.data.dataset import ISOLATED
 from mlip.data.foreign_hdf5 import read_foreign
 from mlip.data.hdf5 import HDF5File, HDF5Writer
-from mlip.data.labels import LABELS, RAW_STRESS, Frame, LabelOptions, LabelReader
+from mlip.data.labels import LABELS, RAW, Frame, LabelOptions, LabelReader
 from mlip.data.neighbors import OVERLAP, neighbor_list
 
 if TYPE_CHECKING:
@@ -304,11 +306,19 @@ def _frames(path: Path, allow_unfinished: bool) -> Iterator[Atoms]:
                 f"{path}: VASP did not finish or the file is cut short; check it, and pass allow_unfinished "
                 "(--allow-unfinished) to take the complete frames"
             )
-    for atoms in ase.io.iread(str(path), index=":", do_not_split_by_at_sign=True):
-        for store in ("key_value_pairs", "data"):  # where rows of an ASE database keep what others have in info
-            for key, value in (atoms.info.get(store) or {}).items():
-                atoms.info.setdefault(key, value)
-        yield atoms
+    if kind in ("db", "json"):
+        yield from _database(path)
+        return
+    yield from ase.io.iread(str(path), index=":", do_not_split_by_at_sign=True)
+
+
+def _database(path: Path) -> Iterator[Atoms]:
+    """Rows of an ASE database, with what it keeps as key-value pairs and data put into ``info``."""
+    with ase.db.connect(path) as database:
+        for row in database.select():
+            atoms = row.toatoms()
+            atoms.info.update({**row.data, **row.key_value_pairs})
+            yield atoms
 
 
 def _tail(path: Path, size: int = 20000) -> bytes:
@@ -345,10 +355,12 @@ def _extended_xyz(path: Path) -> Iterator[Atoms]:
 
 
 def _parse_comment(text: str) -> dict[str, Any]:
-    """ASE's reading of the comment line, with the stress also as it stands: ASE takes any six numbers for Voigt's order."""
+    """ASE's reading of the comment line, but ``stress`` and ``virial`` as they stand in the file.
+
+    ASE insists on nine numbers for these two and turns them into Voigt's order.
+    """
+    text = re.sub(r"(^|\s)(stress|virial)=", rf"\1{RAW}\2=", text)
     info: dict[str, Any] = key_val_str_to_dict(text)
-    if "stress" in info:
-        info[RAW_STRESS] = np.array(info["stress"])
     return info
 
 
@@ -422,7 +434,13 @@ def _write_ase(output: Path, frames: Iterable[Frame], finish: Any) -> None:
                     ase.io.write(file, _to_atoms(frame, False), format="extxyz", write_results=False)
         else:
             os.unlink(name)  # databases are appended to, so there must be none
-            ase.io.write(name, [_to_atoms(frame, True) for frame in frames], format=kind)
+            images = (_to_atoms(frame, True) for frame in frames)
+            if kind in ("db", "json"):
+                with ase.db.connect(name, type=kind) as database:
+                    for atoms in images:
+                        database.write(atoms, data=atoms.info)
+            else:
+                ase.io.write(name, list(images), format=kind)
         finish()
         os.chmod(name, 0o644)
         os.replace(name, output)

@@ -80,7 +80,7 @@ STRESS_ORDERS = {
     "voigt": ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1)),
     "vasp": ((0, 0), (1, 1), (2, 2), (0, 1), (1, 2), (0, 2)),  # xx yy zz xy yz zx
 }
-RAW_STRESS = "_raw_stress"  # where the extended-XYZ reader leaves the numbers as they stand in the file
+RAW = "_raw_"  # prefix under which the extended-XYZ reader leaves stress and virial as they stand in the file
 
 
 def energy_unit(name: str) -> float:
@@ -196,7 +196,7 @@ class LabelReader:
             For a label that is not finite, of the wrong shape, or of unknown convention; the text names its key.
         """
         results = dict(atoms.calc.results) if atoms.calc is not None else {}
-        info = atoms.info
+        info = {str(key).removeprefix(RAW): value for key, value in atoms.info.items()}
         geometry = Atoms(
             numbers=atoms.numbers,
             positions=atoms.positions * self.length,
@@ -227,7 +227,7 @@ class LabelReader:
         frame.config_type = next((str(info[key]) for key in type_keys if key in info), "")
         if options.group_key is not None:
             frame.group = str(info.get(options.group_key, ""))
-        used = {key for key, _ in frame.sources.values()} | {RAW_STRESS}
+        used = {key for key, _ in frame.sources.values()}
         pattern = re.compile("energy|force|stress|virial", re.IGNORECASE)
         for place, names in (("info", info), ("arrays", atoms.arrays), ("calculator", results)):
             frame.ignored += [f"{n} ({place})" for n in names if pattern.search(n) and n not in used]
@@ -238,8 +238,6 @@ class LabelReader:
     ) -> None:
         options = self.options
         places: dict[str, Mapping[str, Any]] = {"info": info, "calculator": results}
-        if RAW_STRESS in info:  # the file's own numbers rather than what ASE made of them
-            places = {"info": {"stress": info[RAW_STRESS], **info}}
         stress = virial = None
         if options.stress_key is not None or options.virial_key is None:
             stress = _find(options.stress_key, STRESS_KEYS, places)
