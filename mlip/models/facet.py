@@ -237,9 +237,10 @@ class GridProduct(nn.Module):
         )
 
     def forward(self, U: Tensor, V: Tensor) -> Tensor:
+        if self.mlp is None:
+            return self.grid.product(U, V) * self.scale
         u, v = self.grid.synthesis(U), self.grid.synthesis(V)  # (P, N, C)
-        f = u * v * self.scale if self.mlp is None else self.mlp(torch.cat([u, v], dim=-1))
-        return self.grid.analysis(f)
+        return self.grid.analysis(self.mlp(torch.cat([u, v], dim=-1)))
 
 
 class Invariants(nn.Module):
