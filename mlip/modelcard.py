@@ -30,6 +30,7 @@ FIELDS = {
 }
 MAX_TEXT = 2000  # characters of one value; a file is not to be trusted with a terminal
 MAX_LINES = 400
+MAX_WIDTH = 100  # of a table
 
 
 def describe(model: str | Path) -> str:
@@ -91,13 +92,17 @@ def _flat(row: dict[str, Any]) -> bool:
 def _table(rows: dict[str, dict[str, Any]], indent: int) -> Iterator[str]:
     columns = list(next(iter(rows.values())))
     cells = [["", *(_text(column) for column in columns)]]
-    cells += [
-        [_text(name), *(_value(row[column]) for column in columns)] for name, row in rows.items()
-    ]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(columns) + 1)]
+    cells += [[_text(name), *(_value(row[c]) for c in columns)] for name, row in rows.items()]
+    if _width(cells) > MAX_WIDTH - indent:  # then it is better turned
+        cells = [list(column) for column in zip(*cells, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
-        rest = "  ".join(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        yield " " * indent + row[0].ljust(widths[0]) + "  " + rest
+        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        yield " " * indent + "  ".join([row[0].ljust(widths[0]), *rest])
+
+
+def _width(cells: list[list[str]]) -> int:
+    return sum(max(map(len, column)) + 2 for column in zip(*cells, strict=True))
 
 
 def _value(value: Any) -> str:

@@ -37,8 +37,8 @@ def verbs() -> list[str]:
     for node in ast.parse((ROOT / "mlip" / "cli.py").read_text()).body:
         for decorator in getattr(node, "decorator_list", []):
             if ast.unparse(decorator).startswith("app.command"):
-                named = [a.value for a in decorator.args if isinstance(a, ast.Constant)]
-                found.append(named[0] if named else node.name.strip("_").replace("_", "-"))
+                named = [ast.literal_eval(k.value) for k in decorator.keywords if k.arg == "name"]
+                found.append(named[0] if named else node.name.replace("_", "-"))
     return found
 
 

@@ -46,7 +46,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"safetensors", "ase.data", "e3nn"},
     ),
     "mlip.evaluation": (
-        {"mlip.evaluation", "mlip.potential", "mlip.checkpoint", "mlip.data"},
+        {"mlip.evaluation", "mlip.potential", "mlip.checkpoint", "mlip.data", "mlip.pretrained"},
         {"ase", "matplotlib", "rich", "scipy"},
     ),
     "mlip.training": (
