@@ -49,7 +49,7 @@ def read_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no state of an earlier run; start without restart")
     try:
-        with np.load(path) as file:
+        with open(path, "rb") as stream, np.load(stream) as file:
             arrays = {name: file[name] for name in file.files}
         return arrays, json.loads(str(arrays.pop("text")))
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:

@@ -1,0 +1,162 @@
+"""Relaxation: minima, pressure, symmetry, and structures that fail among others that do not."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.build import bulk, molecule
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms, FixInternals, Hookean
+from ase.io import read, write
+
+from mlip.calculators import EqCalculator, relax
+from mlip.calculators.relaxation import OPTIMIZERS
+
+
+def copper(rattle: float = 0.1) -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(rattle, seed=0)
+    return atoms
+
+
+def test_every_optimizer_finds_the_same_minimum(toy) -> None:
+    found = {}
+    for optimizer in OPTIMIZERS:
+        (result,) = relax(bulk("Cu", a=3.4), toy, cell=True, fmax=1e-4, optimizer=optimizer)
+        assert result.status == "converged", optimizer
+        assert result.fmax < 1e-4 and abs(result.stress).max() < 1e-5
+        assert abs(result.atoms.get_forces()).max() < 1e-4
+        found[optimizer] = (result.energy, result.atoms.cell.volume)
+    energies, volumes = np.array(list(found.values())).T
+    np.testing.assert_allclose(energies, energies[0], atol=1e-6)
+    np.testing.assert_allclose(volumes, volumes[0], rtol=1e-3)
+
+
+def test_pressure_is_reached_and_is_the_slope_of_the_energy(toy) -> None:
+    settings = {"cell": True, "fmax": 1e-5, "optimizer": "LBFGS"}
+    volumes, energies = [], []
+    for pressure in (4.0, 5.0, 6.0):
+        (result,) = relax(copper(), toy, pressure=pressure, **settings)
+        assert result.converged
+        expected = [-pressure * units.GPa] * 3 + [0] * 3
+        np.testing.assert_allclose(result.stress, expected, atol=1e-5)
+        volumes.append(result.atoms.cell.volume)
+        energies.append(result.energy)
+    assert volumes[0] > volumes[1] > volumes[2]
+    slope = -(energies[2] - energies[0]) / (volumes[2] - volumes[0])
+    assert slope == pytest.approx(5.0 * units.GPa, rel=1e-2)
+
+
+def test_the_input_is_not_altered_and_constraints_come_back(potential) -> None:
+    atoms = copper()
+    atoms.set_constraint(FixAtoms([0, 1]))
+    atoms.calc = EMT()
+    before = atoms.copy()
+    (result,) = relax(atoms, potential, max_steps=5)
+    assert atoms == before and isinstance(atoms.calc, EMT)
+    np.testing.assert_array_equal(result.atoms.positions[:2], atoms.positions[:2])
+    assert result.steps == 0 or not np.array_equal(result.atoms.positions, atoms.positions)
+    (kept,) = result.atoms.constraints
+    assert isinstance(kept, FixAtoms)
+
+
+def test_symmetry_is_kept(toy) -> None:
+    pytest.importorskip("spglib")
+    atoms = bulk("Cu", "fcc", a=3.5, cubic=True)
+    atoms.set_cell(np.diag([3.5, 3.5, 3.9]), scale_atoms=True)  # tetragonal
+    start = atoms.copy()
+    (result,) = relax(start, toy, cell=True, keep_symmetry=True, fmax=1e-3)
+    assert result.converged
+    assert result.spacegroup in ("I4/mmm (139)", "Fm-3m (225)")
+    np.testing.assert_array_equal(start.positions, atoms.positions)
+    a, b, _, *angles = result.atoms.cell.cellpar()
+    assert a == pytest.approx(b, abs=1e-8) and np.allclose(angles, 90, atol=1e-8)
+    assert not result.atoms.constraints
+
+
+def test_symmetry_without_spglib_names_the_remedy(toy, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "spglib", None)
+    with pytest.raises(ValueError, match="pip install"):
+        relax(copper(), toy, keep_symmetry=True)
+
+
+def test_failures_are_reported_and_the_rest_finished(toy, tmp_path) -> None:
+    write(tmp_path / "two.xyz", [copper(0.05), copper(0.02)])
+    (tmp_path / "bad.cif").write_text("this is no crystal")
+    crushed = copper()
+    crushed.positions[1] = crushed.positions[0]
+    molecular = molecule("CH3OH")
+    structures = [
+        bulk("Au"), tmp_path / "two.xyz", crushed, tmp_path / "bad.cif", tmp_path / "no.cif",
+        molecular, copper(),
+    ]  # fmt: skip
+    results = relax(structures, toy, cell=True, fmax=0.05)
+    reasons = ["Au", None, None, "overlap", "cannot be read", "no.cif", "pbc", None]
+    assert len(results) == len(reasons)
+    for result, reason in zip(results, reasons, strict=True):
+        if reason is None:
+            assert result.status == "converged"
+        else:
+            assert result.status.startswith("failed: ") and not result.converged
+            assert reason in result.error or reason in result.name
+    assert results[1].name.endswith("two.xyz@0")
+
+
+def test_a_crystal_that_flies_apart_is_a_failure(toy) -> None:
+    results = relax([copper(), copper()], toy, cell=True, pressure=-50.0, optimizer="BFGS")
+    for result in results:
+        assert not result.converged and result.error is not None
+        assert "volume" in result.error and result.atoms is not None
+
+
+def test_steps_that_do_not_suffice(toy) -> None:
+    (result,) = relax(copper(), toy, fmax=1e-6, max_steps=3)
+    assert result.status == "not converged" and result.steps == 3
+    (result,) = relax(copper(), toy, fmax=1e-6, max_steps=0)
+    assert result.steps == 0 and np.isfinite(result.energy)
+
+
+def test_any_ase_calculator_will_do() -> None:
+    (result,) = relax(copper(), EMT(), fmax=0.01)
+    assert result.converged
+    with pytest.raises(TypeError, match="device"):
+        relax(copper(), EMT(), device="cpu")
+
+
+def test_results_survive_a_file(toy, tmp_path) -> None:
+    (result,) = relax(copper(), toy, fmax=0.05)
+    write(tmp_path / "out.xyz", result.atoms)
+    back = read(tmp_path / "out.xyz")
+    assert back.get_potential_energy() == pytest.approx(result.energy, abs=1e-6)
+    assert abs(back.get_forces()).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"optimizer": "Newton"}, "FIRE, FIRE2"),
+        ({"pressure": 1.0}, "cell=True"),
+        ({"fmax": 0.0}, "fmax"),
+        ({"max_steps": -1}, "max_steps"),
+    ],
+)
+def test_settings_that_make_no_sense(toy, settings: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        relax(copper(), toy, **settings)
+
+
+def test_constraints_hold(potential) -> None:
+    calc = EqCalculator(potential)
+    atoms = molecule("CH3CH2OH")
+    bond = atoms.get_distance(0, 1)
+    atoms.set_constraint(FixInternals(bonds=[[bond + 0.05, [0, 1]]]))
+    (result,) = relax(atoms, calc, max_steps=10)
+    assert result.error is None
+    assert result.atoms.get_distance(0, 1) == pytest.approx(bond + 0.05, abs=1e-6)
+    atoms = Atoms("Cu2", positions=[[0, 0, 0], [0, 0, 3.5]])
+    atoms.set_constraint(Hookean(0, 1, k=500.0, rt=2.0))
+    (result,) = relax(atoms, calc, fmax=1e-3)
+    assert result.converged and result.atoms.get_distance(0, 1) < 2.1
