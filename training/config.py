@@ -6,6 +6,7 @@ model beside ``name``, ``size`` and ``repulsion``, so that every key of the file
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -88,7 +89,9 @@ def _reference(value: Any) -> Any:
         try:
             table[str(symbol)] = float(energy)
         except (TypeError, ValueError):
-            raise ValueError(f"the energy of {symbol} is not a number in eV: {energy!r}") from None
+            table[str(symbol)] = math.nan
+        if not math.isfinite(table[str(symbol)]):
+            raise ValueError(f"the energy of {symbol} is not a finite number in eV: {energy!r}")
     return table
 
 

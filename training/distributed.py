@@ -62,7 +62,7 @@ def process_group(device: str) -> Iterator[torch.device]:
 def all_sum(values: Tensor) -> Tensor:
     """Sum over processes; no gradient flows through it."""
     if world_size() == 1:
-        return values
+        return values.detach()
     values = values.detach().clone()
     dist.all_reduce(values)
     return values

@@ -104,6 +104,7 @@ class Trainer:
         self.epoch = self.step = 0  # completed ones
         self.epoch_trained = False  # the steps of this epoch are done, its validation is due
         self.clock = 0.0  # seconds of training on which all processes agree, interruptions left out
+        self.rate = 1.0  # learning rate of the last step, relative to its top
         self.valid_seconds = 0.0
         self.best, self.best_epoch, self.waited = math.inf, -1, 0
         self.valid_errors: Errors = {}
@@ -188,10 +189,10 @@ class Trainer:
         progress = self.progress
         if self.schedule.max_epochs is not None:  # the middle of the step: the first one moves, too
             progress = max(progress - 0.5 / len(self.train_loader) / self.schedule.max_epochs, 0.0)
-        factor = learning_rate(self.schedule, progress, self.plateau.reduction)
+        self.rate = learning_rate(self.schedule, progress, self.plateau.reduction)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["top_lr"] * factor
+                group["lr"] = group["top_lr"] * self.rate
             optimizer.zero_grad(set_to_none=True)
 
         try:
@@ -251,7 +252,7 @@ class Trainer:
             "epoch": self.epoch + 1,
             "step": self.step,
             "seconds": round(self.clock, 3),
-            "learning_rate": self.optimizers[-1].param_groups[0]["lr"],
+            "learning_rate": self.optimizers[-1].param_groups[0]["top_lr"] * self.rate,
         }
         if (self.epoch + 1) % self.schedule.valid_every == 0 or self.progress >= 1:
             self._validate()
@@ -364,6 +365,7 @@ class Trainer:
             "step": self.step,
             "epoch_trained": self.epoch_trained,
             "clock": self.clock,
+            "rate": self.rate,
             "valid_seconds": self.valid_seconds,
             "best": None if math.isinf(self.best) else self.best,
             "best_epoch": self.best_epoch,
@@ -412,6 +414,7 @@ class Trainer:
             setattr(self, name, int(numbers[name]))
         self.epoch_trained = bool(numbers["epoch_trained"])
         self.clock, self.valid_seconds = float(numbers["clock"]), float(numbers["valid_seconds"])
+        self.rate = float(numbers["rate"])
         self.best = math.inf if numbers["best"] is None else float(numbers["best"])
         self.valid_errors = numbers["valid_errors"]
         self.plateau.load_state_dict(numbers["plateau"])
