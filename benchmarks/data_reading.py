@@ -1,9 +1,11 @@
 """How fast a data file is read: 100 000 synthetic configurations of 20-40 atoms.
 
-    python benchmarks/data_reading.py [--structures 100000] [--out benchmarks/results/data_reading.json]
+    python benchmarks/data_reading.py [--structures 100000] [--out
+    benchmarks/results/data_reading.json]
 
-Bars: 15 000 random reads and 300 000 block reads per second, opened in under 2 s, memory independent of the size.
-The file lies in the page cache, as it does after the first epoch of a training.
+Bars: 15 000 random reads and 300 000 block reads per second, opened in under 2 s, memory
+independent of the size. The file lies in the page cache, as it does after the first epoch of a
+training.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ def rate(count: int, start: float) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--structures", type=int, default=100_000)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "data_reading.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "data_reading.json"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "synthetic.h5"

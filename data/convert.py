@@ -1,7 +1,7 @@
 """From the files that people have to the data file, and back.
 
-Everything ``ase.io`` reads, one structure at a time; a report says which label was read from which key for how many
-structures.  The output appears whole or not at all.
+Everything ``ase.io`` reads, one structure at a time; a report says which label was read from which
+key for how many structures.  The output appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -78,9 +78,10 @@ def convert(
 
     Parameters
     ----------
-    inputs : files or patterns such as ``runs/*/OUTCAR``; whatever ``ase.io`` reads, also gzipped, and data files
-    output : ``.h5`` for a data file; otherwise ASE's format of that name, labels as ``REF_energy``, ``REF_forces``
-        and ``REF_stress`` (nine numbers, row by row) in extended XYZ
+    inputs : files or patterns such as ``runs/*/OUTCAR``; whatever ``ase.io`` reads, also gzipped,
+        and data files
+    output : ``.h5`` for a data file; otherwise ASE's format of that name, labels as ``REF_energy``,
+        ``REF_forces`` and ``REF_stress`` (nine numbers, row by row) in extended XYZ
     overwrite : replace an existing output
     allow_unfinished : accept VASP outputs that were cut short, without their last frame
     level_of_theory : text stored with the data
@@ -89,7 +90,8 @@ def convert(
     Raises
     ------
     ValueError
-        For frames that cannot be used (named by file and number), unknown units, and when nothing is labelled.
+        For frames that cannot be used (named by file and number), unknown units, and when nothing
+        is labelled.
     OSError
         For files that are not there, and for an output that is.
     """
@@ -99,13 +101,20 @@ def convert(
     files = _expand([inputs] if isinstance(inputs, str | Path) else inputs)
     if output.exists():
         if any(output.samefile(path) for path in files):
-            raise ValueError(f"{output} is both input and output; choose another name for the output")
+            raise ValueError(
+                f"{output} is both input and output; choose another name for the output"
+            )
         if not overwrite:
-            raise FileExistsError(f"{output} exists; choose another name or pass overwrite (--overwrite)")
+            raise FileExistsError(
+                f"{output} exists; choose another name or pass overwrite (--overwrite)"
+            )
     report = ConversionReport(output, files)
     frames = _checked(files, reader, report, allow_unfinished)
     if output.suffix in HDF5_SUFFIXES:
-        attributes = {"source": ", ".join(path.name for path in files), "level_of_theory": level_of_theory}
+        attributes = {
+            "source": ", ".join(path.name for path in files),
+            "level_of_theory": level_of_theory,
+        }
         if not level_of_theory:
             attributes["level_of_theory"] = _common_level_of_theory(files)
         with HDF5Writer(output, attributes, overwrite=overwrite) as writer:
@@ -138,7 +147,8 @@ def format_report(report: ConversionReport) -> Table:
 
     isolated = f" ({report.num_isolated} isolated atoms)" if report.num_isolated else ""
     title = (
-        f"{report.output.name}: {report.num_structures} structures{isolated}, {report.num_atoms} atoms "
+        f"{report.output.name}: {report.num_structures} structures{isolated}, {report.num_atoms} "
+        f"atoms "
         f"from {len(report.files)} file{'s' * (len(report.files) != 1)}"
     )
     table = Table(title=title, title_justify="left", min_width=len(title))
@@ -165,7 +175,9 @@ def _expand(patterns: Iterable[str | Path]) -> list[Path]:
             raise FileNotFoundError(f"{pattern}: no such file")
         for name in found:
             if os.path.isdir(name):
-                raise IsADirectoryError(f"{name} is a folder; name the files in it, for example {name}/*.xyz")
+                raise IsADirectoryError(
+                    f"{name} is a folder; name the files in it, for example {name}/*.xyz"
+                )
             if Path(name) not in files:
                 files.append(Path(name))
     if not files:
@@ -180,7 +192,9 @@ def _checked(
     force_sum, force_count, asymmetric = 0.0, 0, 0
     for path in files:
         in_file = 0
-        plain = LabelReader(LabelOptions())  # data files have our keys and units, whatever the options say
+        plain = LabelReader(
+            LabelOptions()
+        )  # data files have our keys and units, whatever the options say
         for number, atoms in _read(path, allow_unfinished):
             is_data_file = _OURS in atoms.info
             try:
@@ -216,12 +230,15 @@ def _checked(
         report.rms_force = float(np.sqrt(force_sum / force_count))
         if report.rms_force > LARGE_FORCE:
             report.warnings.append(
-                f"the RMS force is {report.rms_force:.4g} eV/angstrom, more than {LARGE_FORCE:.0f}: "
-                "the unit is probably another one; see --energy-unit, --length-unit and --forces-unit"
+                f"the RMS force is {report.rms_force:.4g} eV/angstrom, more than "
+                f"{LARGE_FORCE:.0f}: "
+                "the unit is probably another one; see --energy-unit, --length-unit and "
+                "--forces-unit"
             )
     if asymmetric:
         report.warnings.append(
-            f"{asymmetric} stress tensors are not symmetric within 1 %; their symmetric part is taken"
+            f"{asymmetric} stress tensors are not symmetric within 1 %; their symmetric part is "
+            f"taken"
         )
 
 
@@ -232,11 +249,15 @@ def _check_geometry(atoms: Atoms, overlap: bool = False) -> None:
     if numbers.min() < 1 or numbers.max() > 118:
         k = int(np.flatnonzero((numbers < 1) | (numbers > 118))[0])
         raise ValueError(f"atom {k} ({atoms.symbols[k]}) is no element")
-    # With the cutoff at the distance of overlap this finds bad positions, flat cells and coinciding atoms.
+    # With the cutoff at the distance of overlap this finds bad positions, flat cells and coinciding
+    # atoms.
     if overlap:
         neighbor_list(atoms.positions, np.asarray(atoms.cell), atoms.pbc, OVERLAP)
     elif not np.isfinite(atoms.positions).all():
-        raise ValueError(f"atom {int(np.argwhere(~np.isfinite(atoms.positions))[0, 0])} has a non-finite position")
+        raise ValueError(
+            f"atom {int(np.argwhere(~np.isfinite(atoms.positions))[0, 0])} has a non-finite "
+            f"position"
+        )
 
 
 def _finish(report: ConversionReport, options: LabelOptions) -> None:
@@ -244,14 +265,24 @@ def _finish(report: ConversionReport, options: LabelOptions) -> None:
     for label in LABELS:
         key = getattr(options, f"{label}_key")
         # Data files among the inputs bring their own keys, so ask for this very key.
-        if key is not None and not any(label == which and key == used for which, used, _ in report.sources):
-            raise ValueError(f"no structure has {label} under the key {key!r}; found are {_found(report)}")
-    if options.virial_key is not None and not any(used == options.virial_key for _, used, _ in report.sources):
-        raise ValueError(f"no structure has a virial under {options.virial_key!r}; found are {_found(report)}")
+        if key is not None and not any(
+            label == which and key == used for which, used, _ in report.sources
+        ):
+            raise ValueError(
+                f"no structure has {label} under the key {key!r}; found are {_found(report)}"
+            )
+    if options.virial_key is not None and not any(
+        used == options.virial_key for _, used, _ in report.sources
+    ):
+        raise ValueError(
+            f"no structure has a virial under {options.virial_key!r}; found are {_found(report)}"
+        )
     if not report.sources:
         raise ValueError(
-            f"no label was found in {report.num_structures} structures of {', '.join(map(str, report.files[:5]))}; "
-            f"found are {_found(report)}; name the keys (--energy-key, --forces-key, --stress-key, --virial-key)"
+            f"no label was found in {report.num_structures} structures of "
+            f"{', '.join(map(str, report.files[:5]))}; "
+            f"found are {_found(report)}; name the keys (--energy-key, --forces-key, --stress-key, "
+            f"--virial-key)"
         )
 
 
@@ -271,7 +302,8 @@ def _common_level_of_theory(files: Sequence[Path]) -> str:
 
 
 def _read(path: Path, allow_unfinished: bool) -> Iterator[tuple[int, Atoms]]:
-    """(number, structure) of one file; whatever a parser throws becomes a ValueError with file and frame."""
+    """(number, structure) of one file; whatever a parser throws becomes a ValueError with file and
+    frame."""
     number = 0
     try:
         for atoms in _frames(path, allow_unfinished):
@@ -283,12 +315,20 @@ def _read(path: Path, allow_unfinished: bool) -> Iterator[tuple[int, Atoms]]:
         raise
     except UnknownFileTypeError:
         raise ValueError(f"{path}: not a format that ASE knows") from None
-    except Exception as error:  # parsers raise anything: IndexError, StopIteration, AssertionError, zlib.error ...
+    except (
+        Exception
+    ) as error:  # parsers raise anything: IndexError, StopIteration, AssertionError, zlib.error ...
         text = str(error)
         if text.startswith(f"{path}:"):
             raise
-        kind = "" if isinstance(error, ValueError | OSError | EOFError) else f"{type(error).__name__}: "
-        raise ValueError(f"{path}: frame {number}: cannot be read: {kind}{text or type(error).__name__}") from error
+        kind = (
+            ""
+            if isinstance(error, ValueError | OSError | EOFError)
+            else f"{type(error).__name__}: "
+        )
+        raise ValueError(
+            f"{path}: frame {number}: cannot be read: {kind}{text or type(error).__name__}"
+        ) from error
 
 
 def _frames(path: Path, allow_unfinished: bool) -> Iterator[Atoms]:
@@ -303,7 +343,8 @@ def _frames(path: Path, allow_unfinished: bool) -> Iterator[Atoms]:
         mark = b"General timing and accounting" if kind == "vasp-out" else b"</modeling>"
         if mark not in _tail(path):
             raise ValueError(
-                f"{path}: VASP did not finish or the file is cut short; check it, and pass allow_unfinished "
+                f"{path}: VASP did not finish or the file is cut short; check it, and pass "
+                f"allow_unfinished "
                 "(--allow-unfinished) to take the complete frames"
             )
     if kind in ("db", "json"):
@@ -330,7 +371,8 @@ def _tail(path: Path, size: int = 20000) -> bytes:
 
 
 def _extended_xyz(path: Path) -> Iterator[Atoms]:
-    """Frames of an XYZ file, cut out here so that each error has its frame's number and compressed files are read once."""
+    """Frames of an XYZ file, cut out here so that each error has its frame's number and compressed
+    files are read once."""
     with open_with_compression(str(path), "r") as file:
         line = file.readline()
         while line:
@@ -340,7 +382,9 @@ def _extended_xyz(path: Path) -> Iterator[Atoms]:
             try:
                 num_atoms = int(line.split()[0])
             except ValueError:
-                raise ValueError(f"expected the number of atoms, found {line.strip()[:60]!r}") from None
+                raise ValueError(
+                    f"expected the number of atoms, found {line.strip()[:60]!r}"
+                ) from None
             if not 0 <= num_atoms <= MAX_ATOMS:
                 raise ValueError(f"impossible number of atoms {num_atoms}")
             lines = [line, *(file.readline() for _ in range(num_atoms + 1))]
@@ -395,12 +439,15 @@ def _data_file(path: Path) -> Iterator[Atoms]:
 
 
 def _to_atoms(frame: Frame, reserved_keys: bool) -> Atoms:
-    """ASE structure with its labels under REF keys, or in a calculator for formats that keep nothing else."""
+    """ASE structure with its labels under REF keys, or in a calculator for formats that keep
+    nothing else."""
     atoms = frame.atoms
     stress = None if frame.stress is None else full_3x3_to_voigt_6_stress(frame.stress)
     if reserved_keys:
         given = {"energy": frame.energy, "forces": frame.forces, "stress": stress}
-        atoms.calc = SinglePointCalculator(atoms, **{k: v for k, v in given.items() if v is not None})
+        atoms.calc = SinglePointCalculator(
+            atoms, **{k: v for k, v in given.items() if v is not None}
+        )
     else:
         if frame.energy is not None:
             atoms.info["REF_energy"] = frame.energy
@@ -431,7 +478,9 @@ def _write_ase(output: Path, frames: Iterable[Frame], finish: Any) -> None:
             opener = gzip.open if output.suffix == ".gz" else open
             with opener(name, "wt", encoding="utf-8") as file:
                 for frame in frames:
-                    ase.io.write(file, _to_atoms(frame, False), format="extxyz", write_results=False)
+                    ase.io.write(
+                        file, _to_atoms(frame, False), format="extxyz", write_results=False
+                    )
         else:
             os.unlink(name)  # databases are appended to, so there must be none
             images = (_to_atoms(frame, True) for frame in frames)

@@ -1,4 +1,5 @@
-"""A data file as a sequence of labelled graphs, and how it is divided into training and validation."""
+"""A data file as a sequence of labelled graphs, and how it is divided into training and
+validation."""
 
 from __future__ import annotations
 
@@ -23,14 +24,16 @@ ISOLATED = "IsolatedAtom"  # the field's config_type of reference atoms
 class HDF5Dataset:
     """Labelled graphs of a data file, made on demand; the file may be larger than memory.
 
-    Every graph carries ``energy`` (1,), ``forces`` (N, 3), ``stress`` (1, 3, 3), NaN where not labelled, ``weight`` (1,),
-    ``frame`` (1,), its number in the file, and ``charge`` (1,) and ``spin`` (1,) if the file has these columns.
+    Every graph carries ``energy`` (1,), ``forces`` (N, 3), ``stress`` (1, 3, 3), NaN where not
+    labelled, ``weight`` (1,), ``frame`` (1,), its number in the file, and ``charge`` (1,) and
+    ``spin`` (1,) if the file has these columns.
 
     Parameters
     ----------
     path : data file written by ``mlip convert``
     cutoff : float, angstrom
-    transform : (graph, generator) -> graph, applied last; its random numbers depend on seed, epoch and frame only
+    transform : (graph, generator) -> graph, applied last; its random numbers depend on seed, epoch
+        and frame only
     indices : frames to use, in this order; all of them by default
     cache : keep graphs after first use, up to ``CACHE_BYTES`` in each process
     seed : of the transform
@@ -75,7 +78,8 @@ class HDF5Dataset:
         return {**self.__dict__, "_graphs": {}, "_cached_bytes": 0}
 
     def graph(self, index: int, epoch: int = 0) -> AtomicGraph:
-        """Graph ``index`` as it is seen in ``epoch``: the transform's random numbers are those of that epoch."""
+        """Graph ``index`` as it is seen in ``epoch``: the transform's random numbers are those of
+        that epoch."""
         frame = int(self.indices[index])
         graph = self._graphs.get(frame)
         if graph is None:
@@ -100,7 +104,8 @@ class HDF5Dataset:
         return self.file.read(int(self.indices[index]))
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> Self:
-        """The same data restricted to some structures, given by position in this data set or by a mask."""
+        """The same data restricted to some structures, given by position in this data set or by a
+        mask."""
         other = copy.copy(self)
         other.indices = self._select(indices)
         other._graphs, other._cached_bytes = {}, 0
@@ -144,10 +149,12 @@ class HDF5Dataset:
 
     @property
     def isolated(self) -> np.ndarray:
-        """(M,) bool: frames of one atom that give its reference energy; they teach a model nothing else."""
+        """(M,) bool: frames of one atom that give its reference energy; they teach a model nothing
+        else."""
         pbc = self.file.column("pbc")
         assert pbc is not None
-        alone = ~pbc.astype(bool).any(axis=1)[self.indices]
+        alone: np.ndarray = ~np.any(pbc, axis=1)
+        alone = alone[self.indices]
         return (self.num_atoms == 1) & (alone | (self.config_types == ISOLATED))
 
     def num_edges(self) -> np.ndarray:
@@ -203,7 +210,8 @@ class HDF5Dataset:
 def split(
     dataset: HDF5Dataset, valid_fraction: float, seed: int = 0, *, by: str | None = None
 ) -> tuple[HDF5Dataset, HDF5Dataset]:
-    """Divide into training and validation part, reproducibly; isolated atoms stay in the training part.
+    """Divide into training and validation part, reproducibly; isolated atoms stay in the training
+    part.
 
     Parameters
     ----------
@@ -230,27 +238,31 @@ def split(
         names, members = np.unique(keys, return_inverse=True)
         if len(names) < 2:
             raise ValueError(
-                f"{dataset.path}: all structures have the same {by} {names.tolist()}; it cannot be split by {by}"
+                f"{dataset.path}: all structures have the same {by} {names.tolist()}; it cannot be "
+                f"split by {by}"
             )
         sizes = np.bincount(members)
-        taken, count = [], 0
+        taken: list[int] = []
+        count = 0
         # Take whole groups in random order as long as each brings the size nearer to the target.
         for k in rng.permutation(len(names)):
             if len(taken) < len(names) - 1 and abs(count + sizes[k] - target) < abs(count - target):
-                taken.append(k)
+                taken.append(int(k))
                 count += int(sizes[k])
         if not taken:
             taken = [int(sizes.argmin())]
         chosen = candidates[np.isin(members, taken)]
     if len(chosen) == 0 or len(chosen) == len(candidates):
         raise ValueError(
-            f"{dataset.path}: {len(candidates)} structures are too few to split off {valid_fraction:.0%}"
+            f"{dataset.path}: {len(candidates)} structures are too few to split off "
+            f"{valid_fraction:.0%}"
         )
     return _parts(dataset, chosen)
 
 
 def split_by_file(dataset: HDF5Dataset, path: str | Path) -> tuple[HDF5Dataset, HDF5Dataset]:
-    """Divide by a text file with the numbers of the validation structures, separated by blanks or lines."""
+    """Divide by a text file with the numbers of the validation structures, separated by blanks or
+    lines."""
     text = Path(path).read_text(encoding="utf-8")
     try:
         chosen = np.array([int(word) for word in text.split()], dtype=np.int64)

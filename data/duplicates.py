@@ -1,8 +1,10 @@
-"""Structures that occur twice, above all in training and in test data, where they flatter the errors.
+"""Structures that occur twice, above all in training and in test data, where they flatter the
+errors.
 
-Two structures are the same if their cells agree and a permutation of atoms of the same element, each moved by some lattice
-vector, brings all positions together within a tolerance.  Candidates share a composition and, nearly, six sums over atoms
-that do not change under permutation and lattice translation; they are then compared atom by atom.
+Two structures are the same if their cells agree and a permutation of atoms of the same element,
+each moved by some lattice vector, brings all positions together within a tolerance.  Candidates
+share a composition and, nearly, six sums over atoms that do not change under permutation and
+lattice translation; they are then compared atom by atom.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ class Duplicates:
         if not named:
             return "no duplicates across data sets"
         more = f", and {len(named) - limit} more" if len(named) > limit else ""
-        plural = "s" if self.num_across > 1 else ""
-        return f"{self.num_across} duplicate{plural} across data sets: {', '.join(named[:limit])}{more}"
+        count = f"{self.num_across} duplicate{'s' * (self.num_across > 1)}"
+        return f"{count} across data sets: {', '.join(named[:limit])}{more}"
 
 
 def find_duplicates(
@@ -97,15 +99,19 @@ def find_duplicates(
 
 
 def _invariants(s: Structures) -> tuple[np.ndarray, np.ndarray]:
-    """Six numbers K that order and wrapping leave alone, and bounds on |dK| per angstrom of moving all atoms.
+    """Six numbers K that order and wrapping leave alone, and bounds on |dK| per angstrom of moving
+    all atoms.
 
-    Sums over atoms of Z cos 2 pi s and Z sin 2 pi s along periodic directions, of Z r and Z r^2 along the others.
+    Sums over atoms of Z cos 2 pi s and Z sin 2 pi s along periodic directions, of Z r and Z r^2
+    along the others.
     """
     pbc, z = s.pbc[0], s.atomic_numbers.astype(np.float64)
     inverse = np.linalg.inv(_box(s.cell[0], pbc))
     x = s.positions @ inverse
     angle = 2 * np.pi * x
-    K = np.concatenate([z @ np.where(pbc, np.cos(angle), x), z @ np.where(pbc, np.sin(angle), x * x)])
+    K = np.concatenate(
+        [z @ np.where(pbc, np.cos(angle), x), z @ np.where(pbc, np.sin(angle), x * x)]
+    )
     per_angstrom = 2 * np.pi * np.linalg.norm(inverse, axis=0)
     first = np.where(pbc, z.sum() * per_angstrom, z.sum())
     second = np.where(pbc, z.sum() * per_angstrom, z @ (2 * np.abs(x)) + z.sum())
@@ -113,7 +119,8 @@ def _invariants(s: Structures) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _box(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
-    """Cell whose non-periodic rows are Cartesian-like unit vectors that depend on the periodic rows only."""
+    """Cell whose non-periodic rows are Cartesian-like unit vectors that depend on the periodic rows
+    only."""
     if not pbc.any():
         return np.eye(3)
     box = cell.copy()

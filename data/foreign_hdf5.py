@@ -1,7 +1,7 @@
 """HDF5 of other programs: MACE's layout, and groups of arrays per formula as in the ANI data sets.
 
-    MACE    /config_batch_i/config_j/{atomic_numbers, positions, cell, pbc, weight, config_type, properties/...}, a missing
-            value is the text "None"
+    MACE    /config_batch_i/config_j/{atomic_numbers, positions, cell, pbc, weight, config_type,
+            properties/...}, where a missing value is the text "None"
     ANI     any group with {species, coordinates (M, N, 3), energies (M,), forces (M, N, 3)}
 
 Numbers are handed on as they stand; units are the caller's options.
@@ -41,7 +41,8 @@ def read_foreign(path: Path) -> Iterator[Atoms]:
                 yield from _ani(path, group)
     if not found:
         raise ValueError(
-            f"{path}: HDF5 of unknown layout; known are 'mlip-1', MACE's and groups of species, coordinates, energies"
+            f"{path}: HDF5 of unknown layout; known are 'mlip-1', MACE's and groups of species, "
+            f"coordinates, energies"
         )
 
 
@@ -51,7 +52,9 @@ def _groups(path: Path, group: h5py.Group, depth: int) -> Iterator[h5py.Group]:
         return
     for name in sorted(group, key=_natural):
         if group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
-            raise ValueError(f"{path}: '{group.name}/{name}' is a link to elsewhere; it is not followed")
+            raise ValueError(
+                f"{path}: '{group.name}/{name}' is a link to elsewhere; it is not followed"
+            )
         if name != "properties" and group.get(name, getclass=True) is h5py.Group:
             yield from _groups(path, group[name], depth + 1)
 
@@ -62,7 +65,8 @@ def _natural(name: str) -> tuple[str, int]:
 
 
 def _array(path: Path, group: h5py.Group, name: str) -> Any:
-    """Content of a data set, after the checks that keep hostile files harmless; None where MACE wrote "None"."""
+    """Content of a data set, after the checks that keep hostile files harmless; None where MACE
+    wrote "None"."""
     data = group[name]
     plist = data.id.get_create_plist()
     if plist.get_external_count() or data.is_virtual:
@@ -106,7 +110,11 @@ def _ani(path: Path, group: h5py.Group) -> Iterator[Atoms]:
     species = _array(path, group, "species")
     if species.dtype.kind in "SO":
         species = [s.decode() if isinstance(s, bytes) else str(s) for s in species]
-    columns = {name: _array(path, group, name) for name in ("coordinates", "energies", "forces") if name in group}
+    columns = {
+        name: _array(path, group, name)
+        for name in ("coordinates", "energies", "forces")
+        if name in group
+    }
     for k, positions in enumerate(columns["coordinates"]):
         atoms = Atoms(species, positions)
         if "energies" in columns:

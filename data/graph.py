@@ -1,7 +1,8 @@
 """What goes into a model and what comes out: AtomicGraph, NodeOutput, and the protocol of a model.
 
-N atoms, E directed edges, G structures.  Row 0 of ``edge_index`` is the neighbour j, row 1 the centre i;
-edges are sorted by i.  ``vectors = r_j - r_i + S . cell`` points from the centre to the neighbour's image.
+N atoms, E directed edges, G structures.  Row 0 of ``edge_index`` is the neighbour j, row 1 the
+centre i; edges are sorted by i.  ``vectors = r_j - r_i + S . cell`` points from the centre to the
+neighbour's image.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class NodeOutput(NamedTuple):
 
 
 class EnergyModel(Protocol):
-    """A model: reads ``vectors, edge_index, atomic_numbers, batch`` of a graph, answers per atom."""
+    """A model: reads ``vectors, edge_index, atomic_numbers, batch`` of a graph, answers per
+    atom."""
 
     config: Any  # has ``cutoff: float``, angstrom
 
@@ -54,13 +56,15 @@ class AtomicGraph(Data):
     cell_shifts : (E, 3) float64, integers S: the image of j
     vectors : (E, 3), angstrom, written by ``Potential`` (or by another engine)
     batch, ptr : (N,), (G + 1,) int64
-    energy, forces, stress : (G,), (N, 3), (G, 3, 3) labels in eV, eV/angstrom, eV/angstrom^3; NaN = not labelled
+    energy, forces, stress : (G,), (N, 3), (G, 3, 3) labels in eV, eV/angstrom, eV/angstrom^3; NaN =
+        not labelled
     charge, spin : (G,) optional total charge (e) and spin multiplicity
     """
 
     @classmethod
     def from_atoms(cls, atoms: Atoms, cutoff: float) -> AtomicGraph:
-        """Graph of an ASE structure: geometry, charge and spin where ``atoms.info`` has them, no labels."""
+        """Graph of an ASE structure: geometry, charge and spin where ``atoms.info`` has them, no
+        labels."""
         extra = {
             key: torch.tensor([float(atoms.info[name])], dtype=torch.float64)
             for key, names in (
@@ -84,7 +88,8 @@ class AtomicGraph(Data):
         cutoff: float,
         **fields: Tensor,
     ) -> AtomicGraph:
-        """Graph of one structure given as arrays; ``fields`` are labels and the like, already tensors."""
+        """Graph of one structure given as arrays; ``fields`` are labels and the like, already
+        tensors."""
         positions = np.array(positions, dtype=np.float64)
         cell = np.array(cell, dtype=np.float64)
         pbc = np.array(pbc, dtype=bool)
@@ -107,8 +112,9 @@ class AtomicGraph(Data):
     def collate(graphs: Sequence[AtomicGraph]) -> AtomicGraph:
         """Batch of structures; the given graphs stay as they are.
 
-        All fields are joined along their first dimension, except that atom indices are shifted.  (PyG's ``Batch`` does
-        the same and ten times slower, because it asks every graph anew how each field is joined.)
+        All fields are joined along their first dimension, except that atom indices are shifted.
+        (PyG's ``Batch`` does the same and ten times slower, because it asks every graph anew how
+        each field is joined.)
         """
         if not graphs:
             raise ValueError("there is no graph to put into a batch")
@@ -120,7 +126,8 @@ class AtomicGraph(Data):
         for number, store in enumerate(stores):
             if odd := (store.keys() ^ stores[0].keys()) - made_here:
                 raise ValueError(
-                    f"graph {number} of the batch differs from the first in having or lacking {sorted(odd)}"
+                    f"graph {number} of the batch differs from the first in having or lacking "
+                    f"{sorted(odd)}"
                 )
         sizes = torch.cat([store["ptr"].diff() for store in stores])  # (G,)
         ptr = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])

@@ -2,14 +2,16 @@
 
 M structures, A atoms in all; structure k owns the atoms ptr[k] : ptr[k + 1].
 
-    /ptr (M+1,) i8    /atomic_numbers (A,) u1    /positions (A, 3) f8    /cell (M, 3, 3) f8    /pbc (M, 3) bool
-    /energy (M,)  /forces (A, 3)  /stress (M, 3, 3)  /charge (M,)  /spin (M,)  /weight (M,)   floats, optional
-    /config_type (M,)  /group (M,)                                                            fixed-length text, optional
+    /ptr (M+1,) i8, /atomic_numbers (A,) u1, /positions (A, 3) f8, /cell (M, 3, 3) f8,
+    /pbc (M, 3) bool
+    optional: /energy (M,), /forces (A, 3), /stress (M, 3, 3), /charge (M,), /spin (M,),
+    /weight (M,) floats; /config_type (M,), /group (M,) text of fixed length
     attributes: schema, units, source, level_of_theory, created_by
 
-Units are eV and angstrom, stress with ASE's sign; a missing label is NaN.  Columns are contiguous and uncompressed, so
-a structure is a few ``pread`` calls at known offsets.  HDF5 itself is used only to write the file and to find the
-offsets: nothing of the library is held open, and the plain file descriptor is reopened in every process that needs it.
+Units are eV and angstrom, stress with ASE's sign; a missing label is NaN.  Columns are contiguous
+and uncompressed, so a structure is a few ``pread`` calls at known offsets.  HDF5 itself is used
+only to write the file and to find the offsets: nothing of the library is held open, and the plain
+file descriptor is reopened in every process that needs it.
 """
 
 from __future__ import annotations
@@ -26,41 +28,23 @@ from typing import Any, BinaryIO, Self
 import h5py
 import numpy as np
 
-SCHEMA = "mlip-1"
-UNITS = "eV, angstrom, eV/angstrom, eV/angstrom^3"
-ATTRIBUTES = ("schema", "units", "source", "level_of_theory", "created_by")
-MAX_TEXT = 256  # bytes of a config_type or group
-MAX_ATTRIBUTE = 32768  # bytes
+from mlip.data.hdf5_layout import (
+    COLUMNS,
+    MAX_ATTRIBUTE,
+    MAX_TEXT,
+    SCHEMA,
+    TEXT_COLUMNS,
+    UNITS,
+    inspect,
+)
+
 COPY_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
-class _Column:
-    per_atom: bool
-    shape: tuple[int, ...]
-    dtypes: tuple[str, ...]  # the first one is written
-    optional: bool = False
-
-
-_F = ("<f8", "<f4")
-COLUMNS: Mapping[str, _Column] = {
-    "atomic_numbers": _Column(True, (), ("|u1",)),
-    "positions": _Column(True, (3,), _F),
-    "cell": _Column(False, (3, 3), _F),
-    "pbc": _Column(False, (3,), ("|b1", "|u1", "|i1")),
-    "energy": _Column(False, (), _F, optional=True),
-    "forces": _Column(True, (3,), _F, optional=True),
-    "stress": _Column(False, (3, 3), _F, optional=True),
-    "charge": _Column(False, (), _F, optional=True),
-    "spin": _Column(False, (), _F, optional=True),
-    "weight": _Column(False, (), _F, optional=True),
-}
-TEXT_COLUMNS = ("config_type", "group")
-
-
-@dataclass(frozen=True)
 class Structures:
-    """Consecutive structures as concatenated arrays; ``ptr`` (k+1,) starts at 0.  Absent columns are None."""
+    """Consecutive structures as concatenated arrays; ``ptr`` (k+1,) starts at 0.  Absent columns
+    are None."""
 
     ptr: np.ndarray
     atomic_numbers: np.ndarray  # (A,) uint8
@@ -89,9 +73,11 @@ class Structures:
 
 
 class HDF5Writer:
-    """Write structures one by one; the file appears, whole and synced, only when the ``with`` block ends well.
+    """Write structures one by one; the file appears, whole and synced, only when the ``with`` block
+    ends well.
 
-    Until then the columns lie in unnamed temporary files next to the target, which vanish with the process.
+    Until then the columns lie in unnamed temporary files next to the target, which vanish with the
+    process.
 
     Parameters
     ----------
@@ -154,7 +140,8 @@ class HDF5Writer:
             raise ValueError("the structure has no atoms")
         if numbers.min() < 1 or numbers.max() > 118:
             raise ValueError(
-                f"atomic number {numbers.min() if numbers.min() < 1 else numbers.max()} is no element"
+                f"atomic number {numbers.min() if numbers.min() < 1 else numbers.max()} is no "
+                f"element"
             )
         given = {
             "atomic_numbers": numbers,
@@ -223,8 +210,8 @@ class HDF5Writer:
         )
         os.close(handle)
         try:
-            # Format 1.10 has checksums in its metadata: a damaged file is an error, not a crash of the library.
-            # Aligned columns: numpy and the page cache both prefer them.
+            # Format 1.10 has checksums in its metadata: a damaged file is an error, not a crash of
+            # the library. Aligned columns: numpy and the page cache both prefer them.
             with h5py.File(
                 name, "w", libver=("v110", "v110"), alignment_threshold=64, alignment_interval=64
             ) as file:
@@ -294,8 +281,9 @@ def _sync(path: str | Path) -> None:
 class HDF5File:
     """Read a data file by structure or by block.
 
-    The file is checked when it is opened: schema, lengths, types, and that every column lies inside the file itself.
-    Only a file descriptor is kept; copies sent to other processes, by fork or by pickling, open their own.
+    The file is checked when it is opened: schema, lengths, types, and that every column lies inside
+    the file itself. Only a file descriptor is kept; copies sent to other processes, by fork or by
+    pickling, open their own.
 
     Parameters
     ----------
@@ -313,7 +301,7 @@ class HDF5File:
         self.path = Path(path)
         self._descriptor: int | None = None
         self._pid = -1
-        layout = _inspect(self.path)
+        layout = inspect(self.path)
         self.attributes: dict[str, str] = layout.attributes
         self._offsets = layout.offsets
         self._dtypes = layout.dtypes
@@ -397,10 +385,10 @@ class HDF5File:
         rows = np.empty((stop - start, *shape), dtype=dtype)
         size = rows.nbytes
         offset = self._offsets[name] + start * (size // max(1, stop - start))
-        done = os.preadv(self._open(), (rows,), offset) if size else 0
+        done = os.preadv(self._open(), [rows.data], offset) if size else 0
         while done < size:  # the kernel gives at most 2 GB at once
             rest = rows.reshape(-1).view(np.uint8)[done : done + (1 << 30)]
-            got = os.preadv(self._open(), (rest,), offset + done)
+            got = os.preadv(self._open(), [rest.data], offset + done)
             if got == 0:
                 raise OSError(f"{self.path}: cut short while in use ('{name}' ends early)")
             done += got
@@ -429,147 +417,14 @@ class HDF5File:
             if (steps <= 0).any():
                 where = start + int(np.flatnonzero(steps <= 0)[0])
                 raise ValueError(
-                    f"{self.path}: 'ptr' does not increase at structure {where}; the file is damaged"
+                    f"{self.path}: 'ptr' does not increase at structure {where}; the file is "
+                    f"damaged"
                 )
             last = int(ptr[-1])
         if last != self.num_atoms:
             raise ValueError(
                 f"{self.path}: 'ptr' ends at {last} but there are {self.num_atoms} atoms"
             )
-
-
-@dataclass(frozen=True)
-class _Layout:
-    attributes: dict[str, str]
-    offsets: dict[str, int]
-    dtypes: dict[str, tuple[np.dtype, tuple[int, ...]]]
-    num_structures: int
-    num_atoms: int
-    identity: tuple[int, int]
-
-
-def _inspect(path: Path) -> _Layout:
-    """Find the columns without reading them, and refuse whatever is not plain data of this schema."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    status = path.stat()
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            return _layout(path, file, status)
-    except ValueError:
-        raise
-    except (OSError, RuntimeError, KeyError, TypeError, MemoryError, OverflowError) as error:
-        raise OSError(
-            f"{path}: not a readable HDF5 file (damaged or cut short?): {error}"
-        ) from None
-
-
-def _layout(path: Path, file: h5py.File, status: os.stat_result) -> _Layout:
-    attributes = _attributes(file)
-    if attributes.get("schema") != SCHEMA:
-        found = attributes.get("schema")
-        raise ValueError(
-            f"{path}: not a data file of schema '{SCHEMA}' ({'no schema' if found is None else f'schema {found[:40]!r}'})"
-            "; make one with 'mlip convert'"
-        )
-    if len(file) > 64:
-        raise ValueError(f"{path}: {len(file)} entries at the top; a '{SCHEMA}' file has a dozen")
-    data: dict[str, h5py.Dataset] = {}
-    for raw in file.id:
-        name = raw.decode("utf-8", "replace")
-        if file.id.links.get_info(raw).type != h5py.h5l.TYPE_HARD:
-            raise ValueError(
-                f"{path}: '{name}' is a link to elsewhere, which data files may not have"
-            )
-        if name == "ptr" or name in COLUMNS or name in TEXT_COLUMNS:
-            if h5py.h5o.get_info(file.id, raw).type != h5py.h5o.TYPE_DATASET:
-                raise ValueError(f"{path}: '{name}' is not a column of numbers")
-            data[name] = file[name]
-    missing = [
-        name
-        for name in ("ptr", *COLUMNS)
-        if name not in data and not (name in COLUMNS and COLUMNS[name].optional)
-    ]
-    if missing:
-        raise ValueError(f"{path}: column {', '.join(map(repr, missing))} is missing")
-
-    offsets: dict[str, int] = {}
-    dtypes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
-    num_structures = _length(path, "ptr", data["ptr"]) - 1
-    num_atoms = _length(path, "positions", data["positions"])
-    if num_structures < 1:
-        raise ValueError(f"{path}: has no structures")
-    for name, dataset in data.items():
-        column = COLUMNS.get(name)
-        rows = num_atoms if column and column.per_atom else num_structures + (name == "ptr")
-        shape = column.shape if column else ()
-        dtype = dataset.dtype
-        if name == "ptr":
-            allowed = dtype.str == "<i8"
-        elif column is None:
-            allowed = dtype.kind == "S" and 0 < dtype.itemsize <= MAX_TEXT
-        else:
-            allowed = dtype.str in column.dtypes
-        if not allowed:
-            raise ValueError(
-                f"{path}: column '{name}' has type {dtype}, which '{SCHEMA}' does not have there"
-            )
-        if dataset.shape != (rows, *shape):
-            raise ValueError(
-                f"{path}: column '{name}' has shape {dataset.shape}, expected {(rows, *shape)}"
-            )
-        offsets[name] = _offset(path, name, dataset, status.st_size)
-        dtypes[name] = (dtype, shape)
-    return _Layout(
-        attributes, offsets, dtypes, num_structures, num_atoms, (status.st_size, status.st_mtime_ns)
-    )
-
-
-def _length(path: Path, name: str, dataset: h5py.Dataset) -> int:
-    if not dataset.shape:
-        raise ValueError(f"{path}: column '{name}' is a single number")
-    return int(dataset.shape[0])
-
-
-def _offset(path: Path, name: str, dataset: h5py.Dataset, file_size: int) -> int:
-    """Byte offset of a column, after making sure that it lies in this file from end to end."""
-    properties = dataset.id.get_create_plist()
-    if properties.get_external_count():
-        raise ValueError(
-            f"{path}: column '{name}' is stored in another file, which data files may not do"
-        )
-    if properties.get_layout() != h5py.h5d.CONTIGUOUS or properties.get_nfilters():
-        raise ValueError(
-            f"{path}: column '{name}' is chunked, compressed or virtual; columns must be contiguous "
-            "(rewrite it with 'h5repack -l CONTI -f NONE')"
-        )
-    offset = dataset.id.get_offset()
-    size = dataset.dtype.itemsize * int(np.prod([int(n) for n in dataset.shape], dtype=object))
-    if offset is None or offset + size > file_size:
-        raise OSError(
-            f"{path}: column '{name}' needs {size} bytes that the file does not have; it is cut short"
-        )
-    return int(offset)
-
-
-def _attributes(file: h5py.File) -> dict[str, str]:
-    """Text attributes of the file, whatever else it carries."""
-    found: dict[str, str] = {}
-    if len(file.attrs) > 64:
-        return found
-    for name in file.attrs:
-        attribute = file.attrs.get_id(name)
-        kind = attribute.get_type()
-        if attribute.shape != () or kind.get_class() != h5py.h5t.STRING:
-            continue
-        if kind.is_variable_str() and name not in ATTRIBUTES:
-            continue
-        if attribute.get_storage_size() > MAX_ATTRIBUTE:
-            continue
-        value = file.attrs[name]
-        text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-        found[name] = text[:MAX_ATTRIBUTE]
-    return found
 
 
 def metadata(path: str | Path) -> dict[str, Any]:

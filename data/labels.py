@@ -1,8 +1,9 @@
 """Labels as users have them: which key, which unit, which convention -> eV, angstrom, ASE's stress.
 
-Labels are looked for in ``atoms.info`` and ``atoms.arrays`` and in the results of an attached calculator, where ASE
-moves the plain keys ``energy``, ``forces`` and ``stress`` of extended XYZ.  The internal stress is
-sigma = (1/V) dE/d eps as a symmetric (3, 3) matrix, tension positive; a virial is -V sigma.
+Labels are looked for in ``atoms.info`` and ``atoms.arrays`` and in the results of an attached
+calculator, where ASE moves the plain keys ``energy``, ``forces`` and ``stress`` of extended XYZ.
+The internal stress is sigma = (1/V) dE/d eps as a symmetric (3, 3) matrix, tension positive; a
+virial is -V sigma.
 """
 
 from __future__ import annotations
@@ -18,13 +19,22 @@ from ase import Atoms, units
 
 LABELS = ("energy", "forces", "stress")
 
-# In order of preference; what an author marked as reference goes before what a program may have left there.
+# In order of preference; what an author marked as reference goes before what a program may have
+# left there.
 ENERGY_KEYS = (
     *("REF_energy", "ref_energy", "dft_energy", "DFT_energy", "QM_energy", "qm_energy"),
     *("energy", "Energy", "free_energy", "total_energy", "mace_energy", "MACE_energy"),
 )
 FORCES_KEYS = (
-    *("REF_forces", "ref_forces", "REF_force", "dft_forces", "DFT_forces", "dft_force", "DFT_force"),
+    *(
+        "REF_forces",
+        "ref_forces",
+        "REF_force",
+        "dft_forces",
+        "DFT_forces",
+        "dft_force",
+        "DFT_force",
+    ),
     *("QM_forces", "qm_forces", "forces", "Forces", "force", "mace_forces", "MACE_forces"),
 )
 STRESS_KEYS = (
@@ -80,7 +90,8 @@ STRESS_ORDERS = {
     "voigt": ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1)),
     "vasp": ((0, 0), (1, 1), (2, 2), (0, 1), (1, 2), (0, 2)),  # xx yy zz xy yz zx
 }
-RAW = "_raw_"  # prefix under which the extended-XYZ reader leaves stress and virial as they stand in the file
+# Prefix under which the extended-XYZ reader leaves stress and virial as they stand in the file.
+RAW = "_raw_"
 
 
 def energy_unit(name: str) -> float:
@@ -132,7 +143,8 @@ def _unit(
 
 @dataclass(frozen=True)
 class LabelOptions:
-    """How labels are named and meant; None leaves a key to be found, and a unit to follow from the others."""
+    """How labels are named and meant; None leaves a key to be found, and a unit to follow from the
+    others."""
 
     energy_key: str | None = None
     forces_key: str | None = None
@@ -185,7 +197,9 @@ class LabelReader:
         self.stress = self.energy / self.length**3
         if options.stress_unit is not None:
             self.stress = stress_unit(options.stress_unit)
-        self.virial = self.energy if options.virial_unit is None else energy_unit(options.virial_unit)
+        self.virial = (
+            self.energy if options.virial_unit is None else energy_unit(options.virial_unit)
+        )
 
     def read(self, atoms: Atoms) -> Frame:
         """Labels of one structure.
@@ -193,7 +207,8 @@ class LabelReader:
         Raises
         ------
         ValueError
-            For a label that is not finite, of the wrong shape, or of unknown convention; the text names its key.
+            For a label that is not finite, of the wrong shape, or of unknown convention; the text
+            names its key.
         """
         results = dict(atoms.calc.results) if atoms.calc is not None else {}
         info = {str(key).removeprefix(RAW): value for key, value in atoms.info.items()}
@@ -230,7 +245,9 @@ class LabelReader:
         used = {key for key, _ in frame.sources.values()}
         pattern = re.compile("energy|force|stress|virial", re.IGNORECASE)
         for place, names in (("info", info), ("arrays", atoms.arrays), ("calculator", results)):
-            frame.ignored += [f"{n} ({place})" for n in names if pattern.search(n) and n not in used]
+            frame.ignored += [
+                f"{n} ({place})" for n in names if pattern.search(n) and n not in used
+            ]
         return frame
 
     def _read_stress(

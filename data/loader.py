@@ -1,7 +1,8 @@
-"""Batches: structures in a reproducible order, grouped up to a number of structures, atoms or edges.
+"""Batches: structures in a reproducible order, grouped up to a number of structures, atoms or
+edges.
 
-The order of an epoch is a function of (seed, epoch) and the batches one of the order and the limits, so that workers,
-ranks and a resumed run all agree without talking to each other.
+The order of an epoch is a function of (seed, epoch) and the batches one of the order and the
+limits, so that workers, ranks and a resumed run all agree without talking to each other.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from mlip.data.dataset import HDF5Dataset
 from mlip.data.graph import AtomicGraph
@@ -29,7 +30,8 @@ class GraphLoader:
     batch_size, max_atoms, max_edges : limits of a batch on each rank, at least one of them
     shuffle : a new order in every epoch
     seed : of the order
-    num_workers : processes that read ahead; 0 reads in this process; the batches are the same to the bit
+    num_workers : processes that read ahead; 0 reads in this process; the batches are the same to
+        the bit
     rank, world_size : this process among those that train together; each gets its own structures
     drop_last : leave out the last batch if it is smaller than ``batch_size``
     start_method : how worker processes start, "fork" or "spawn"
@@ -91,7 +93,8 @@ class GraphLoader:
             if sizes.max() > limit:
                 frame = int(dataset.indices[int(sizes.argmax())])
                 raise ValueError(
-                    f"{dataset.path}: frame {frame} has {sizes.max()} {unit}, more than max_{unit}={limit}; raise the limit"
+                    f"{dataset.path}: frame {frame} has {sizes.max()} {unit}, more than "
+                    f"max_{unit}={limit}; raise the limit"
                 )
         self._num_atoms = num_atoms if world_size > 1 else None
         self._plan: tuple[int, list[list[int]]] | None = None
@@ -112,7 +115,8 @@ class GraphLoader:
         return {"epoch": self.epoch, "position": self.position, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``: the next iteration begins with the batch after the last one handed out."""
+        """Continue from ``state``: the next iteration begins with the batch after the last one
+        handed out."""
         if int(state.get("seed", self.seed)) != self.seed:
             raise ValueError(
                 f"the state is of a loader with seed {state['seed']}, this one has {self.seed}"
@@ -154,7 +158,8 @@ class GraphLoader:
                 persistent_workers=True,
                 pin_memory=self.pin_memory,
                 multiprocessing_context=self.start_method,
-                # Its own generator: DataLoader would otherwise draw from, and so change, the global one.
+                # Its own generator: DataLoader would otherwise draw from, and so change, the global
+                # one.
                 generator=torch.Generator().manual_seed(self.seed),
             )
         yield from self._workers
@@ -164,8 +169,9 @@ class GraphLoader:
         if not self.shuffle:
             return np.arange(n)
         rng = np.random.default_rng([self.seed, self.epoch])
-        # Neighbouring structures are read from disk together, so blocks move as a whole; a buffer of many of them
-        # is then mixed thoroughly.  A data set that fits into the buffer is simply shuffled.
+        # Neighbouring structures are read from disk together, so blocks move as a whole; a buffer
+        # of many of them is then mixed thoroughly.  A data set that fits into the buffer is simply
+        # shuffled.
         blocks = [np.arange(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
         blocks = [blocks[k] for k in rng.permutation(len(blocks))]
         buffers = [
@@ -199,10 +205,12 @@ class GraphLoader:
         return batches
 
     def _share(self, batches: list[list[int]]) -> list[list[int]]:
-        """This rank's batches: step s takes the batches s W ... s W + W - 1, one for each of the W ranks."""
+        """This rank's batches: step s takes the batches s W ... s W + W - 1, one for each of the W
+        ranks."""
         W = self.world_size
         batches = list(batches)
-        # All ranks must make the same number of steps: halve batches near the end until the number divides, ...
+        # All ranks must make the same number of steps: halve batches near the end until the number
+        # divides, ...
         while len(batches) % W:
             tail = range(max(0, len(batches) - 2 * W), len(batches))
             widest = max(tail, key=lambda k: (len(batches[k]), k))
@@ -216,7 +224,8 @@ class GraphLoader:
         return [self._balanced(batches[s : s + W])[self.rank] for s in range(0, len(batches), W)]
 
     def _balanced(self, step: list[list[int]]) -> list[list[int]]:
-        """Redistribute the structures of a step so that all ranks have about the same number of atoms."""
+        """Redistribute the structures of a step so that all ranks have about the same number of
+        atoms."""
         if self._sizes:
             return step  # already filled to a limit of size
         assert self._num_atoms is not None
@@ -233,7 +242,7 @@ class GraphLoader:
         return shares
 
 
-class _Source:
+class _Source(Dataset[AtomicGraph]):
     """What a worker holds: (epoch, positions) -> batch."""
 
     def __init__(self, dataset: HDF5Dataset) -> None:

@@ -1,10 +1,11 @@
 """Neighbour lists: the one place where edges are made.
 
-The search runs in a box of our own making.  Periodic directions keep their lattice vectors (reduced when they are
-strongly skewed); every other direction gets a unit vector orthogonal to them and just enough room for the atoms.
-The answer therefore depends neither on the vacuum, nor on the origin, nor on which of the equivalent cells or images
-the user wrote down.  Dense systems go to matscipy's cell grid; where that grid would have far more cells than there
-are atoms (a molecule in a 10^4 angstrom box) a k-d tree over atoms and their images takes over.  Cost O(N + E).
+The search runs in a box of our own making.  Periodic directions keep their lattice vectors (reduced
+when they are strongly skewed); every other direction gets a unit vector orthogonal to them and just
+enough room for the atoms. The answer therefore depends neither on the vacuum, nor on the origin,
+nor on which of the equivalent cells or images the user wrote down.  Dense systems go to matscipy's
+cell grid; where that grid would have far more cells than there are atoms (a molecule in a 10^4
+angstrom box) a k-d tree over atoms and their images takes over.  Cost O(N + E).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def check_cell(cell: np.ndarray, pbc: np.ndarray) -> None:
     Raises
     ------
     ValueError
-        For non-finite numbers, a zero vector in a periodic direction, or periodic vectors that are (nearly) dependent.
+        For non-finite numbers, a zero vector in a periodic direction, or periodic vectors that are
+        (nearly) dependent.
     """
     if not np.isfinite(cell).all():
         raise ValueError("the cell has a non-finite entry")
@@ -40,8 +42,11 @@ def check_cell(cell: np.ndarray, pbc: np.ndarray) -> None:
     if (lengths < MIN_HEIGHT).any():
         axis = _AXES[np.flatnonzero(pbc)[int(lengths.argmin())]]
         raise ValueError(
-            f"pbc is set along {axis} but that cell vector is (nearly) zero; give the vector or clear pbc"
+            f"pbc is set along {axis} but that cell vector is (nearly) zero; give the vector or "
+            f"clear pbc"
         )
+    if pbc.all() and abs(np.linalg.det(cell)) > 1e-3 * lengths.prod():
+        return
     # Relative to the lengths: a skewed cell is legal, a flat one is not.
     spread = np.linalg.svd(periodic / lengths[:, None], compute_uv=False)
     if spread[-1] < 1e-9:
@@ -56,12 +61,14 @@ def _flat(pbc: np.ndarray) -> str:
 def neighbor_list(
     positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs closer than ``cutoff``, both directions, images included, no self pair at zero shift.
+    """All pairs closer than ``cutoff``, both directions, images included, no self pair at zero
+    shift.
 
     Parameters
     ----------
     positions : (N, 3), angstrom, wrapped or not
-    cell : (3, 3), rows are lattice vectors, of either handedness; zero rows are legal where ``pbc`` is False
+    cell : (3, 3), rows are lattice vectors, of either handedness; zero rows are legal where ``pbc``
+        is False
     pbc : (3,) bool
     cutoff : float, angstrom
 
@@ -75,7 +82,8 @@ def neighbor_list(
     Raises
     ------
     ValueError
-        For non-finite positions, an unusable cell, overlapping atoms, or more pairs than memory could hold.
+        For non-finite positions, an unusable cell, overlapping atoms, or more pairs than memory
+        could hold.
     """
     positions = np.asarray(positions, dtype=np.float64).reshape(-1, 3)
     cell = np.asarray(cell, dtype=np.float64)
@@ -92,7 +100,8 @@ def neighbor_list(
         return np.zeros((2, 0), dtype=np.int64), np.zeros((0, 3))
 
     box, reduction = _search_box(cell, pbc)
-    fractional = positions @ np.linalg.inv(box)
+    inverse = np.linalg.inv(box)
+    fractional = positions @ inverse
     # Home of every atom in the box; the pair's shift later gets the difference of the homes back.
     home = np.where(pbc, np.floor(fractional), 0.0)
     wrapped = positions - home @ box
@@ -104,8 +113,9 @@ def neighbor_list(
         origin[free] = low - cutoff  # box vectors are unit vectors there, so these are angstroms
         wrapped -= origin @ box
         box[free] *= (extent + 2 * cutoff)[:, None]
+        inverse[:, free] /= extent + 2 * cutoff
 
-    heights = 1.0 / np.linalg.norm(np.linalg.inv(box), axis=0)
+    heights = 1.0 / np.sqrt((inverse * inverse).sum(axis=0))
     if pbc.any() and heights[pbc].min() < MIN_HEIGHT:
         raise ValueError(_flat(pbc))
     images = np.where(pbc, np.ceil(2 * cutoff / heights) + 1, 1.0)
@@ -114,8 +124,8 @@ def neighbor_list(
         or num_atoms * _mean_neighbors(num_atoms, box, pbc, cutoff) > MAX_EDGES
     ):
         raise ValueError(
-            f"{num_atoms} atoms in a cell with {heights.min():.3g} angstrom between faces have more than "
-            f"{MAX_EDGES} pairs within {cutoff} angstrom; check the cell and its unit"
+            f"{num_atoms} atoms in a cell with {heights.min():.3g} angstrom between faces have "
+            f"more than {MAX_EDGES} pairs within {cutoff} angstrom; check the cell and its unit"
         )
     cells = np.maximum(np.floor(heights / cutoff), 1).prod()
     search = _tree_pairs if cells > max(CELLS_PER_ATOM * num_atoms, MIN_GRID) else _grid_pairs
@@ -130,7 +140,8 @@ def neighbor_list(
 
 
 def _search_box(cell: np.ndarray, pbc: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Box (3, 3) of the search; periodic rows = integer matrix @ cell, other rows orthonormal to them and each other."""
+    """Box (3, 3) of the search; periodic rows = integer matrix @ cell, other rows orthonormal to
+    them and each other."""
     box, reduction = cell.copy(), None
     if pbc.any() and not pbc.all():
         _, _, basis = np.linalg.svd(cell[pbc])  # the last rows span the complement
@@ -138,11 +149,12 @@ def _search_box(cell: np.ndarray, pbc: np.ndarray) -> tuple[np.ndarray, np.ndarr
     elif not pbc.any():
         return np.eye(3), None
     if pbc.sum() > 1:
-        lengths = np.linalg.norm(box, axis=1)
-        heights = 1.0 / np.linalg.norm(np.linalg.inv(box), axis=0)
-        if (heights[pbc] < 0.4 * lengths[pbc]).any():
-            # Thin parallelepipeds have many images within the cutoff; a compact cell of the same lattice has few.
-            reduced, reduction = minkowski_reduce(box, pbc)
+        inverse = np.linalg.inv(box)
+        lengths, inverse_heights = (box * box).sum(axis=1), (inverse * inverse).sum(axis=0)
+        if (lengths * inverse_heights > 6.0)[pbc].any():  # a height below 0.4 of its vector
+            # Thin parallelepipeds have many images within the cutoff; a compact cell of the same
+            # lattice has few.
+            _, reduction = minkowski_reduce(box, pbc)
             box = np.where(pbc[:, None], reduction @ box, box)
             reduction = np.where(np.outer(pbc, pbc), reduction, 0)
     return box, reduction

@@ -1,8 +1,9 @@
 """What a data set says before any model: reference energies, neighbours, forces.
 
-Reference energies E0 shift the energy of a structure by sum_i E0[Z_i].  They come from frames of isolated atoms, from a
-table, or from the least-squares fit of E_k = sum_Z n_kZ E0[Z], which has many solutions where compositions do not vary
-independently (in water, only 2 E0[H] + E0[O] is known): then the one of smallest norm is taken, with a warning.
+Reference energies E0 shift the energy of a structure by sum_i E0[Z_i].  They come from frames of
+isolated atoms, from a table, or from the least-squares fit of E_k = sum_Z n_kZ E0[Z], which has
+many solutions where compositions do not vary independently (in water, only 2 E0[H] + E0[O] is
+known): then the one of smallest norm is taken, with a warning.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def compute_statistics(dataset: HDF5Dataset, e0: E0Choice = None) -> Statistics:
     ----------
     dataset : structures, isolated atoms included
     e0 : where reference energies come from
-        ``"isolated"`` the frames of isolated atoms, ``"least_squares"`` a fit, a table {symbol: eV}; None takes
-        isolated atoms where there are any and fits the rest.
+        ``"isolated"`` the frames of isolated atoms, ``"least_squares"`` a fit, a table {symbol:
+        eV}; None takes isolated atoms where there are any and fits the rest.
 
     Raises
     ------
@@ -84,15 +85,18 @@ def compute_statistics(dataset: HDF5Dataset, e0: E0Choice = None) -> Statistics:
     max_force = 0.0
     labels = {"energy": 0, "forces": 0, "stress": 0}
     references: dict[int, list[float]] = {}
-    compositions: list[np.ndarray] = []  # (m, 119) per block, normal structures with an energy
-    energies: list[np.ndarray] = []
+    # Structures with an energy, by composition: memory grows with the number of compositions only.
+    known_compositions: dict[bytes, int] = {}
+    member: list[int] = []
+    energies: list[float] = []
     for start in range(0, len(dataset), READ_BLOCK):
         stop = min(start + READ_BLOCK, len(dataset))
         for k, s in zip(range(start, stop), _structures(dataset, start, stop), strict=True):
             z = s.atomic_numbers
             if z.min() < 1 or z.max() > 118:
                 raise ValueError(
-                    f"{dataset.path}: frame {dataset.indices[k]}: an atomic number is outside 1..118"
+                    f"{dataset.path}: frame {dataset.indices[k]}: an atomic number is outside "
+                    f"1..118"
                 )
             energy = np.nan if s.energy is None else float(s.energy[0])
             if isolated[k]:
@@ -105,8 +109,9 @@ def compute_statistics(dataset: HDF5Dataset, e0: E0Choice = None) -> Statistics:
             frames += count > 0
             if not np.isnan(energy):
                 labels["energy"] += 1
-                compositions.append(count.astype(np.uint16) if count.max() < 65536 else count)
-                energies.append(np.array(energy))
+                name = count.astype(np.int64).tobytes()
+                member.append(known_compositions.setdefault(name, len(known_compositions)))
+                energies.append(energy)
             if s.forces is not None and not np.isnan(s.forces).all():
                 labels["forces"] += 1
                 known = ~np.isnan(s.forces).any(axis=1)
@@ -120,9 +125,8 @@ def compute_statistics(dataset: HDF5Dataset, e0: E0Choice = None) -> Statistics:
 
     elements = np.flatnonzero(frames)
     notes: list[str] = []
-    counts = np.array(compositions, dtype=np.float64).reshape(-1, NUM_Z)[
-        :, elements
-    ]  # (m, num_elements)
+    unique = np.frombuffer(b"".join(known_compositions), dtype=np.int64).reshape(-1, NUM_Z)
+    counts = unique[:, elements].astype(np.float64)[member]  # (m, num_elements)
     totals = np.array(energies, dtype=np.float64)
     table, source = _reference_energies(dataset, e0, elements, references, counts, totals, notes)
     for note in notes:
@@ -169,11 +173,13 @@ def fit_e0(counts: np.ndarray, energies: np.ndarray) -> tuple[np.ndarray, list[l
     """
     size = counts.sum(axis=1, keepdims=True)
     x, y = counts / size, energies / size[:, 0]
-    # Many structures share a composition: their mean, weighted by sqrt of their number, has the same solution.
+    # Many structures share a composition: their mean, weighted by sqrt of their number, has the
+    # same solution.
     unique, member = np.unique(x, axis=0, return_inverse=True)
     member = member.reshape(-1)
     repeats = np.bincount(member)
-    # Subtract the first guess of one energy per atom before summing, or digits of large total energies are lost.
+    # Subtract the first guess of one energy per atom before summing, or digits of large total
+    # energies are lost.
     middle = y.mean()
     weight = np.sqrt(repeats)
     a = unique * weight[:, None]
@@ -200,14 +206,16 @@ def fit_e0(counts: np.ndarray, energies: np.ndarray) -> tuple[np.ndarray, list[l
 
 
 def require_elements(statistics: Statistics, dataset: HDF5Dataset) -> None:
-    """Raise ValueError naming the elements of ``dataset`` that ``statistics`` (of the training set) lacks."""
+    """Raise ValueError naming the elements of ``dataset`` that ``statistics`` (of the training set)
+    lacks."""
     known = set(statistics.elements)
     for k in range(len(dataset)):
         s = dataset.structure(k)
         if missing := sorted({int(z) for z in np.unique(s.atomic_numbers)} - known):
             names = ", ".join(chemical_symbols[z] for z in missing)
             raise ValueError(
-                f"{dataset.path}: frame {dataset.indices[k]} contains {names}, which the training set lacks; add "
+                f"{dataset.path}: frame {dataset.indices[k]} contains {names}, which the training "
+                f"set lacks; add "
                 "training structures with it or take the frame out"
             )
 
@@ -218,8 +226,10 @@ def format_statistics(statistics: Statistics) -> Table:
 
     s = statistics
     table = Table(
-        title=f"{s.num_structures} structures ({s.num_isolated} isolated atoms), {int(s.num_atoms.sum())} atoms",
-        caption=f"E0: {s.e0_source}; energy per atom beyond E0 {s.energy_mean:.4f} +- {s.energy_std:.4f} eV; "
+        title=f"{s.num_structures} structures ({s.num_isolated} isolated atoms), "
+        f"{int(s.num_atoms.sum())} atoms",
+        caption=f"E0: {s.e0_source}; energy per atom beyond E0 {s.energy_mean:.4f} +- "
+        f"{s.energy_std:.4f} eV; "
         f"labels: {', '.join(f'{n} {name}' for name, n in s.num_labels.items())}",
     )
     for name in ("element", "atoms", "structures", "E0 / eV", "neighbours", "RMS force / eV/Å"):
@@ -266,7 +276,8 @@ def _reference_energies(
         unknown = [symbol for symbol in choice if symbol not in atomic_numbers]
         if unknown:
             raise ValueError(
-                f"E0 table: {', '.join(map(repr, unknown))} is no element; keys are chemical symbols"
+                f"E0 table: {', '.join(map(repr, unknown))} is no element; keys are chemical "
+                f"symbols"
             )
         missing = [chemical_symbols[z] for z in elements if chemical_symbols[z] not in choice]
         if missing:
@@ -288,7 +299,8 @@ def _reference_energies(
                 table[column] = np.mean(found)
                 if np.ptp(found) > 1e-3:
                     notes.append(
-                        f"{dataset.path}: isolated {chemical_symbols[z]} has {len(found)} energies that differ by "
+                        f"{dataset.path}: isolated {chemical_symbols[z]} has {len(found)} energies "
+                        f"that differ by "
                         f"{np.ptp(found):.4g} eV; their mean is taken"
                     )
     fitted = np.isnan(table)
@@ -297,12 +309,14 @@ def _reference_energies(
     names = ", ".join(chemical_symbols[z] for z in elements[fitted])
     if choice == "isolated":
         raise ValueError(
-            f"{dataset.path}: no isolated-atom frame with an energy for {names}; add one (one atom, no periodicity), "
+            f"{dataset.path}: no isolated-atom frame with an energy for {names}; add one (one "
+            f"atom, no periodicity), "
             "or give a table or e0='least_squares'"
         )
     if len(totals) == 0:
         raise ValueError(
-            f"{dataset.path}: no energies, so reference energies of {names} cannot be fitted; give a table"
+            f"{dataset.path}: no energies, so reference energies of {names} cannot be fitted; give "
+            f"a table"
         )
     if (~fitted).any():
         notes.append(
@@ -312,19 +326,23 @@ def _reference_energies(
     has = counts[:, fitted].sum(axis=1) > 0
     if not has.any():
         raise ValueError(
-            f"{dataset.path}: no energy of a structure with {names}; give a table of reference energies"
+            f"{dataset.path}: no energy of a structure with {names}; give a table of reference "
+            f"energies"
         )
     table[fitted], ambiguous = fit_e0(counts[has][:, fitted], rest[has])
     symbols = [chemical_symbols[z] for z in elements[fitted]]
     for group in ambiguous:
         if len(group) == 1:
             notes.append(
-                f"{dataset.path}: the reference energy of {symbols[group[0]]} is not determined; set to 0"
+                f"{dataset.path}: the reference energy of {symbols[group[0]]} is not determined; "
+                f"set to 0"
             )
         else:
             notes.append(
-                f"{dataset.path}: the reference energies of {', '.join(symbols[k] for k in group)} cannot be told apart by "
-                "the compositions in the data; the solution of smallest norm is taken. Add isolated atoms or give a table"
+                f"{dataset.path}: the reference energies of {', '.join(symbols[k] for k in group)} "
+                f"cannot be told apart by "
+                "the compositions in the data; the solution of smallest norm is taken. Add "
+                "isolated atoms or give a table"
             )
     return table, "isolated, rest least squares" if (~fitted).any() else "least squares"
 

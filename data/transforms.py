@@ -1,4 +1,5 @@
-"""Augmentation: callables (graph, generator) -> graph; the generator is seeded by (seed, epoch, frame)."""
+"""Augmentation: callables (graph, generator) -> graph; the generator is seeded by (seed, epoch,
+frame)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ Transform = Callable[[AtomicGraph, torch.Generator], AtomicGraph]
 
 
 def random_rotation(generator: torch.Generator) -> Tensor:
-    """Rotation matrix (3, 3) float64, uniform over SO(3): a unit quaternion uniform on the sphere S^3."""
+    """Rotation matrix (3, 3) float64, uniform over SO(3): a unit quaternion uniform on the sphere
+    S^3."""
     q = torch.randn(4, generator=generator, dtype=torch.float64)
     w, x, y, z = (q / q.norm()).tolist()
     return torch.tensor(

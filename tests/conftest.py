@@ -17,7 +17,8 @@ from mlip.potential import Potential
 
 @pytest.fixture(scope="session")
 def datasets() -> Path:
-    """Folder of reference data outside the repository; tests that ask for it are skipped where it is absent."""
+    """Folder of reference data outside the repository; tests that ask for it are skipped where it
+    is absent."""
     default = Path(__file__).resolve().parents[1] / ".." / "shared" / "datasets"
     folder = Path(os.environ.get("MLIP_DATASETS", default)).resolve()
     if not folder.is_dir():

@@ -1,4 +1,5 @@
-"""Conversion: what comes out is what went in, in our units, or an error that names file and frame."""
+"""Conversion: what comes out is what went in, in our units, or an error that names file and
+frame."""
 
 from __future__ import annotations
 
@@ -29,11 +30,19 @@ from mlip.data.labels import energy_unit, forces_unit, length_unit, stress_unit
 
 
 def structures() -> list[Atoms]:
-    """A molecule without a cell, a slab, a skewed and a left-handed crystal, isolated atoms, a one-atom cell."""
+    """A molecule without a cell, a slab, a skewed and a left-handed crystal, isolated atoms, a
+    one-atom cell."""
     left = bulk("Cu", cubic=True)
     left.set_cell(np.asarray(left.cell)[[1, 0, 2]])
     skewed = bulk("Si") * (2, 1, 1)
-    frames = [molecule("H2O"), fcc111("Al", (1, 1, 2), vacuum=5), skewed, left, Atoms("O"), bulk("Fe")]
+    frames = [
+        molecule("H2O"),
+        fcc111("Al", (1, 1, 2), vacuum=5),
+        skewed,
+        left,
+        Atoms("O"),
+        bulk("Fe"),
+    ]
     rng = np.random.default_rng(0)
     for atoms in frames:
         atoms.rattle(0.05, seed=3)
@@ -90,7 +99,11 @@ def test_report_says_what_came_from_where(source, tmp_path):
     assert report.num_structures == 6 and report.num_isolated == 1
     assert report.sources["energy", "REF_energy", "info"] == 5
     assert report.sources["forces", "REF_forces", "arrays"] == 5
-    assert report.lacking == {("energy", "in.xyz"): 1, ("forces", "in.xyz"): 1, ("stress", "in.xyz"): 3}
+    assert report.lacking == {
+        ("energy", "in.xyz"): 1,
+        ("forces", "in.xyz"): 1,
+        ("stress", "in.xyz"): 3,
+    }
     dataset = HDF5Dataset(tmp_path / "a.h5", 3.0)
     assert dataset.isolated.tolist() == [False] * 4 + [True, False]
     assert dataset.config_types[4] == "IsolatedAtom" and dataset.groups[0] == "a b"
@@ -175,7 +188,13 @@ def test_composed_units():
 
 @pytest.mark.parametrize(
     ("function", "name"),
-    [(energy_unit, "kcal"), (length_unit, "furlong"), (forces_unit, "eV"), (stress_unit, "psi"), (energy_unit, "MeV")],
+    [
+        (energy_unit, "kcal"),
+        (length_unit, "furlong"),
+        (forces_unit, "eV"),
+        (stress_unit, "psi"),
+        (energy_unit, "MeV"),
+    ],
 )
 def test_unknown_unit_is_named(function, name):
     with pytest.raises(ValueError, match=f"unknown unit of .*'{name}'"):
@@ -195,7 +214,11 @@ def test_units_are_converted(tmp_path):
             atoms.info["REF_stress"] /= 0.1 * units.GPa
     ase.io.write(tmp_path / "au.xyz", frames, format="extxyz")
     convert(
-        tmp_path / "au.xyz", tmp_path / "a.h5", energy_unit="Hartree", length_unit="bohr", stress_unit="kbar"
+        tmp_path / "au.xyz",
+        tmp_path / "a.h5",
+        energy_unit="Hartree",
+        length_unit="bohr",
+        stress_unit="kbar",
     )
     assert_same(HDF5File(tmp_path / "a.h5"), structures(), places=2e-6)
 
@@ -247,13 +270,20 @@ def test_six_numbers_without_their_order_are_refused(tmp_path, key):
 def test_virial_is_minus_volume_times_stress(tmp_path, key):
     path, volume = crystal(tmp_path / "a.xyz", **{key: STRESS})
     convert(path, tmp_path / "a.h5")
-    np.testing.assert_allclose(HDF5File(tmp_path / "a.h5").read(0).stress[0], -STRESS / volume, rtol=1e-7)
+    np.testing.assert_allclose(
+        HDF5File(tmp_path / "a.h5").read(0).stress[0], -STRESS / volume, rtol=1e-7
+    )
 
 
 def test_flipped_sign_and_unit(tmp_path):
     path, _ = crystal(tmp_path / "a.xyz", vasp=VASP_ORDER)
     convert(
-        path, tmp_path / "a.h5", stress_key="vasp", stress_order="vasp", stress_unit="kbar", flip_stress=True
+        path,
+        tmp_path / "a.h5",
+        stress_key="vasp",
+        stress_order="vasp",
+        stress_unit="kbar",
+        flip_stress=True,
     )
     got = HDF5File(tmp_path / "a.h5").read(0).stress[0]
     np.testing.assert_allclose(got, -STRESS * 0.1 * units.GPa, rtol=1e-12)
@@ -267,7 +297,8 @@ def test_stress_without_full_periodicity_is_not_a_label(tmp_path):
     assert any("three periodic directions" in name for name in report.ignored)
 
 
-FRAME = '2\nLattice="4 0 0 0 4 0 0 0 4" Properties=species:S:1:pos:R:3:REF_forces:R:3 REF_energy=1.0 pbc="T T T"\n'
+FRAME = '2\nLattice="4 0 0 0 4 0 0 0 4" Properties=species:S:1:pos:R:3:REF_forces:R:3 '
+FRAME += 'REF_energy=1.0 pbc="T T T"\n'
 FRAME += "Cu 0 0 0 0 0 0\nCu 2 2 2 0 0 0\n"
 BROKEN = {
     "nan energy": (FRAME.replace("=1.0", "=nan"), "REF_energy is not finite"),
@@ -356,7 +387,9 @@ def test_mace_hdf5(tmp_path):
             group["properties/forces"], group["property_weights/forces"] = np.zeros((2, 3)), 0.0
     convert(tmp_path / "mace.h5", tmp_path / "a.h5")
     file = HDF5File(tmp_path / "a.h5")
-    assert [file.read(k).energy[0] for k in (0, 2)] == [1.0, 3.0] and np.isnan(file.read(1).energy[0])
+    assert [file.read(k).energy[0] for k in (0, 2)] == [1.0, 3.0] and np.isnan(
+        file.read(1).energy[0]
+    )
     assert "forces" not in file.columns and file.read(2).positions[1, 2] == 2.0
     with h5py.File(tmp_path / "mace.h5", "a") as file:
         file["config_batch_2"] = h5py.ExternalLink("/etc/passwd", "/")
@@ -375,7 +408,11 @@ def test_command(source, tmp_path):
     out = tmp_path / "a.h5"
     result = CliRunner().invoke(app, ["convert", str(source), str(out), "--level-of-theory", "PBE"])
     assert result.exit_code == 0, result.output
-    assert "REF_energy" in result.output and "none" in result.output and "6 structures" in result.output
+    assert (
+        "REF_energy" in result.output
+        and "none" in result.output
+        and "6 structures" in result.output
+    )
     assert HDF5File(out).attributes["level_of_theory"] == "PBE"
     back = CliRunner().invoke(app, ["convert", str(out), str(tmp_path / "b.xyz")])
     assert back.exit_code == 0 and len(ase.io.read(tmp_path / "b.xyz", ":")) == 6
@@ -388,7 +425,9 @@ def test_killed_conversion_leaves_no_half_file(tmp_path):
     out = tmp_path / "out.h5"
     command = [sys.executable, "-m", "mlip", "convert", str(tmp_path / "in.xyz"), str(out)]
     for delay in (2.0, 3.0):
-        process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL
+        )
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -414,7 +453,10 @@ def test_reference_files(datasets, tmp_path):
         np.testing.assert_allclose(getattr(vasp, name), getattr(xyz, name), atol=2e-5)
 
     report = convert(
-        datasets / "ethane_h5" / "*.h5", tmp_path / "eth.h5", energy_unit="Hartree", forces_unit="Hartree/bohr"
+        datasets / "ethane_h5" / "*.h5",
+        tmp_path / "eth.h5",
+        energy_unit="Hartree",
+        forces_unit="Hartree/bohr",
     )
     assert report.num_structures == 10080 and report.rms_force < 100
 
@@ -422,5 +464,5 @@ def test_reference_files(datasets, tmp_path):
 def test_cut_outcar_is_refused(datasets, tmp_path):
     raw = gzip.decompress((datasets / "hfo2_outcar" / "OUTCAR_1.gz").read_bytes())
     (tmp_path / "OUTCAR").write_bytes(raw[: int(0.9 * len(raw))])
-    with pytest.raises(ValueError, match="OUTCAR.*did not finish"):
+    with pytest.raises(ValueError, match=r"OUTCAR.*did not finish"):
         convert(tmp_path / "OUTCAR", tmp_path / "a.h5")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -44,9 +46,10 @@ def path(tmp_path):
 def equal(a: AtomicGraph, b: AtomicGraph) -> bool:
     """Equal to the bit in all fields; NaN equals NaN."""
     assert set(a.keys()) == set(b.keys())
-    tensors = [k for k in a.keys() if isinstance(a[k], torch.Tensor)]  # noqa: SIM118 - PyG's keys()
+    tensors = [k for k in a.keys() if isinstance(a[k], torch.Tensor)]
     return all(
-        a[k].dtype == b[k].dtype and torch.equal(torch.nan_to_num(a[k], nan=1e9), torch.nan_to_num(b[k], nan=1e9))
+        a[k].dtype == b[k].dtype
+        and torch.equal(torch.nan_to_num(a[k], nan=1e9), torch.nan_to_num(b[k], nan=1e9))
         for k in tensors
     )
 
@@ -63,7 +66,7 @@ def test_graph_has_labels_with_nan_for_missing_ones(path):
         s = dataset.structure(k)
         atoms = Atoms(s.atomic_numbers, s.positions, cell=s.cell[0], pbc=s.pbc[0])
         plain = AtomicGraph.from_atoms(atoms, 4.0)
-        for key in plain.keys():  # noqa: SIM118
+        for key in plain.keys():
             assert key == "num_nodes" or torch.equal(g[key], plain[key]), key
     with pytest.raises(IndexError):
         dataset[len(SIZES)]
@@ -153,12 +156,18 @@ def test_split_by_file(path, tmp_path):
 
 
 def test_duplicates_are_counted_and_named(tmp_path):
-    """Exact, wrapped, permuted and slightly rounded copies are found; translated or stretched ones are not copies."""
+    """Exact, wrapped, permuted and slightly rounded copies are found; translated or stretched ones
+    are not copies."""
     rng = np.random.default_rng(0)
 
     def frame(k):
         pbc = np.array([k & 1, k >> 1 & 1, k >> 2 & 1], dtype=bool)
-        return rng.choice([1, 6], 6), rng.uniform(0, 6, (6, 3)), np.eye(3) * 6 + rng.normal(size=(3, 3)), pbc
+        return (
+            rng.choice([1, 6], 6),
+            rng.uniform(0, 6, (6, 3)),
+            np.eye(3) * 6 + rng.normal(size=(3, 3)),
+            pbc,
+        )
 
     train = [frame(k) for k in range(40)]
     valid = [frame(k) for k in range(5)]
@@ -175,7 +184,9 @@ def test_duplicates_are_counted_and_named(tmp_path):
         with HDF5Writer(tmp_path / f"{name}.h5") as writer:
             for f in frames:
                 writer.append(*f, energy=0.0)
-    found = find_duplicates({n: HDF5Dataset(tmp_path / f"{n}.h5", 4.0) for n in ("train", "valid", "test")})
+    found = find_duplicates(
+        {n: HDF5Dataset(tmp_path / f"{n}.h5", 4.0) for n in ("train", "valid", "test")}
+    )
     expected = [(("train", k), ("valid", 5 + k)) for k in range(16)]
     expected[3] = (*expected[3], ("test", 0))
     expected.append((("train", 39), ("test", 1)))
@@ -191,7 +202,7 @@ def test_collate_joins_what_from_data_list_joins(path):
     batch = AtomicGraph.collate(graphs)
     expected = Batch.from_data_list(graphs, exclude_keys=["batch", "ptr"])
     assert isinstance(batch, AtomicGraph) and batch.num_structures == 6
-    for key in expected.keys():  # noqa: SIM118
+    for key in expected.keys():
         assert key == "num_nodes" or torch.equal(
             torch.nan_to_num(batch[key]), torch.nan_to_num(expected[key])
         ), key
@@ -211,7 +222,10 @@ def frames_of(loader):
     return [batch.frame.tolist() for batch in loader]
 
 
-@pytest.mark.parametrize("limits", [{"batch_size": 4}, {"max_atoms": 12}, {"max_edges": 200}, {"batch_size": 3, "max_atoms": 12}])
+@pytest.mark.parametrize(
+    "limits",
+    [{"batch_size": 4}, {"max_atoms": 12}, {"max_edges": 200}, {"batch_size": 3, "max_atoms": 12}],
+)
 def test_batches_hold_everything_once_within_their_limits(path, limits):
     dataset = HDF5Dataset(path, 4.0)
     loader = GraphLoader(dataset, **limits, shuffle=True, seed=1)
@@ -234,14 +248,16 @@ def test_epochs_differ_and_repeat(path):
     b.set_epoch(0)
     assert frames_of(b) == first
     assert frames_of(GraphLoader(dataset, 4, shuffle=True, seed=4)) != first
-    assert sum(frames_of(GraphLoader(dataset, 4)), []) == list(range(len(dataset)))
+    assert list(chain.from_iterable(frames_of(GraphLoader(dataset, 4)))) == list(
+        range(len(dataset))
+    )
 
 
 def test_shuffling_reaches_across_blocks_and_loses_nothing(path, monkeypatch):
     monkeypatch.setattr("mlip.data.loader.BLOCK", 3)
     monkeypatch.setattr("mlip.data.loader.BUFFER", 2)
     loader = GraphLoader(HDF5Dataset(path, 4.0), 4, shuffle=True)
-    order = sum(loader.batches(), [])
+    order = list(chain.from_iterable(loader.batches()))
     assert sorted(order) == list(range(len(SIZES))) and order != sorted(order)
 
 
@@ -267,17 +283,19 @@ def test_resume_in_the_middle_of_an_epoch(path, workers):
         GraphLoader(dataset, 4, seed=9).load_state_dict(state)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_change_nothing(path, method):
+@pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("spawn", 1)])
+def test_workers_change_nothing(path, method, workers):
     """Two epochs: same order, same bits, and the global random state is not touched."""
     dataset = HDF5Dataset(path, 4.0, RandomRotation(), seed=5)
     plain = GraphLoader(dataset, max_atoms=16, shuffle=True, seed=2)
-    workers = GraphLoader(dataset, max_atoms=16, shuffle=True, seed=2, num_workers=2, start_method=method)
+    parallel = GraphLoader(
+        dataset, max_atoms=16, shuffle=True, seed=2, num_workers=workers, start_method=method
+    )
     torch.manual_seed(0)
     state = torch.get_rng_state()
     epochs = []
     for _ in range(2):
-        a, b = list(plain), list(workers)
+        a, b = list(plain), list(parallel)
         assert len(a) == len(b) > 3
         assert all(equal(x, y) for x, y in zip(a, b, strict=True))
         epochs.append(a)
@@ -290,7 +308,8 @@ def test_workers_change_nothing(path, method):
 def test_ranks_share_the_structures(path, world, limits):
     dataset = HDF5Dataset(path, 4.0)
     loaders = [
-        GraphLoader(dataset, **limits, shuffle=True, seed=1, rank=r, world_size=world) for r in range(world)
+        GraphLoader(dataset, **limits, shuffle=True, seed=1, rank=r, world_size=world)
+        for r in range(world)
     ]
     batches = [loader.batches() for loader in loaders]
     assert len({len(b) for b in batches}) == 1
@@ -305,10 +324,14 @@ def test_ranks_share_the_structures(path, world, limits):
 
 
 def test_two_ranks_together_do_the_steps_of_one(path):
-    """World size 2 with batches of 3 sees, step by step, the structures of one process with batches of 6."""
+    """World size 2 with batches of 3 sees, step by step, the structures of one process with batches
+    of 6."""
     dataset = HDF5Dataset(path, 4.0)
     one = GraphLoader(dataset, 6, shuffle=True, seed=1).batches()
-    two = [GraphLoader(dataset, 3, shuffle=True, seed=1, rank=r, world_size=2).batches() for r in range(2)]
+    two = [
+        GraphLoader(dataset, 3, shuffle=True, seed=1, rank=r, world_size=2).batches()
+        for r in range(2)
+    ]
     assert [sorted(a + b) for a, b in zip(*two, strict=True)] == [sorted(batch) for batch in one]
     atoms = [[dataset.num_atoms[b].sum() for b in rank] for rank in two]
     assert np.abs(np.subtract(*atoms)).mean() < 3  # balanced: sizes range from 1 to 9

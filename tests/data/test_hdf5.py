@@ -53,7 +53,11 @@ def test_round_trip_and_missing_labels_are_nan(tmp_path):
             value = frame[name]
             got = getattr(s, name)[0]
             assert np.isnan(got).all() if value is None else np.array_equal(got, value)
-        assert np.isnan(s.forces).all() if frame["forces"] is None else np.array_equal(s.forces, frame["forces"])
+        assert (
+            np.isnan(s.forces).all()
+            if frame["forces"] is None
+            else np.array_equal(s.forces, frame["forces"])
+        )
     assert file.column("config_type").tolist() == ["bulk", "", "Ångström"]
     assert file.column("group") is None
     assert sorted(os.listdir(tmp_path)) == ["a.h5"]
@@ -81,7 +85,10 @@ def test_float32_columns_are_read_as_float64(tmp_path):
 
 
 def test_nothing_is_left_after_an_error(tmp_path):
-    with pytest.raises(ValueError, match="positions has shape"), HDF5Writer(tmp_path / "a.h5") as writer:
+    with (
+        pytest.raises(ValueError, match="positions has shape"),
+        HDF5Writer(tmp_path / "a.h5") as writer,
+    ):
         writer.append([1], np.zeros((1, 3)), np.eye(3), [True] * 3, energy=1.0)
         writer.append([1, 2], np.zeros((1, 3)), np.eye(3), [True] * 3)
     assert os.listdir(tmp_path) == []
@@ -114,7 +121,8 @@ n = 40
 with HDF5Writer(sys.argv[1], overwrite=True) as writer:
     print("started", flush=True)
     for k in range(int(sys.argv[2])):
-        writer.append(np.full(n, 6), np.zeros((n, 3)), np.eye(3), [True] * 3, energy=0.0, forces=np.zeros((n, 3)))
+        writer.append(np.full(n, 6), np.zeros((n, 3)), np.eye(3), [True] * 3, energy=0.0,
+        forces=np.zeros((n, 3)))
 """
 
 
@@ -122,7 +130,9 @@ with HDF5Writer(sys.argv[1], overwrite=True) as writer:
 def test_killed_writer_leaves_the_target_absent_or_whole(tmp_path, delay):
     path = tmp_path / "a.h5"
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(path), "8000"], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", KILLED, str(path), "8000"],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
     )
     assert process.stdout is not None
     process.stdout.readline()
@@ -161,12 +171,18 @@ def virtual(file):
 
 
 HOSTILE = {
-    "soft link": (replace("energy", lambda f: f.__setitem__("energy", h5py.SoftLink("/ptr"))), "link"),
+    "soft link": (
+        replace("energy", lambda f: f.__setitem__("energy", h5py.SoftLink("/ptr"))),
+        "link",
+    ),
     "external link": (
         replace("energy", lambda f: f.__setitem__("energy", h5py.ExternalLink("other.h5", "/x"))),
         "link",
     ),
-    "link beside": (lambda f: f.__setitem__("extra", h5py.ExternalLink("/etc/passwd", "/x")), "link"),
+    "link beside": (
+        lambda f: f.__setitem__("extra", h5py.ExternalLink("/etc/passwd", "/x")),
+        "link",
+    ),
     "external storage": (replace("energy", external), "another file"),
     "virtual": (replace("energy", virtual), "contiguous"),
     "chunked": (
@@ -174,14 +190,19 @@ HOSTILE = {
         "contiguous",
     ),
     "huge chunked shape": (
-        replace("positions", lambda f: f.create_dataset("positions", (10**13, 3), "f8", chunks=(1, 3))),
+        replace(
+            "positions", lambda f: f.create_dataset("positions", (10**13, 3), "f8", chunks=(1, 3))
+        ),
         "shape|contiguous",
     ),
     "huge contiguous shape": (
         replace("energy", lambda f: f.create_dataset("energy", (10**12,), "f8")),
         "shape",
     ),
-    "unallocated column": (replace("energy", lambda f: f.create_dataset("energy", (3,), "f8")), "cut short"),
+    "unallocated column": (
+        replace("energy", lambda f: f.create_dataset("energy", (3,), "f8")),
+        "cut short",
+    ),
     "group for a column": (replace("energy", lambda f: f.create_group("energy")), "not a column"),
     "missing column": (lambda f: f.__delitem__("cell"), "'cell' is missing"),
     "wrong type": (replace("energy", lambda f: f.__setitem__("energy", np.zeros(3, "i8"))), "type"),
@@ -189,10 +210,19 @@ HOSTILE = {
         replace("energy", lambda f: f.create_dataset("energy", (3,), h5py.string_dtype())),
         "type",
     ),
-    "big endian": (replace("energy", lambda f: f.__setitem__("energy", np.zeros(3, ">f8"))), "type"),
+    "big endian": (
+        replace("energy", lambda f: f.__setitem__("energy", np.zeros(3, ">f8"))),
+        "type",
+    ),
     "wrong length": (replace("energy", lambda f: f.__setitem__("energy", np.zeros(4))), "shape"),
-    "ptr backwards": (replace("ptr", lambda f: f.__setitem__("ptr", np.array([0, 5, 4, 9]))), "ptr"),
-    "ptr negative": (replace("ptr", lambda f: f.__setitem__("ptr", np.array([-4, 3, 4, 9]))), "ptr"),
+    "ptr backwards": (
+        replace("ptr", lambda f: f.__setitem__("ptr", np.array([0, 5, 4, 9]))),
+        "ptr",
+    ),
+    "ptr negative": (
+        replace("ptr", lambda f: f.__setitem__("ptr", np.array([-4, 3, 4, 9]))),
+        "ptr",
+    ),
     "ptr beyond": (replace("ptr", lambda f: f.__setitem__("ptr", np.array([0, 3, 4, 99]))), "ptr"),
     "no schema": (lambda f: f.attrs.__delitem__("schema"), "schema"),
     "other schema": (lambda f: f.attrs.__setitem__("schema", "mlip-9"), "mlip-9"),
@@ -275,7 +305,9 @@ def test_reads_in_other_processes(tmp_path, method):
     queue = multiprocessing.get_context(method)
     if method == "fork":
         reader, writer = queue.Pipe(duplex=False)
-        process = queue.Process(target=lambda: writer.send([first_position(file, k) for k in range(3)]))
+        process = queue.Process(
+            target=lambda: writer.send([first_position(file, k) for k in range(3)])
+        )
         process.start()
         got = reader.recv()
         process.join()

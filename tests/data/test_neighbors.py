@@ -37,7 +37,8 @@ def random_cell(rng):
 
 @pytest.mark.parametrize("block", range(4))
 def test_agrees_with_brute_force(block):
-    """200 random cells in all, of both handedness, every pbc, cutoffs up to three cells, atoms far outside."""
+    """200 random cells in all, of both handedness, every pbc, cutoffs up to three cells, atoms far
+    outside."""
     for k in range(block * 50, block * 50 + 50):
         rng = np.random.default_rng(k)
         pbc = np.array([k & 1, k >> 1 & 1, k >> 2 & 1], dtype=bool)
@@ -73,10 +74,13 @@ def test_molecule_anywhere_without_a_cell(origin):
 
 
 def test_vacuum_vector_does_not_matter():
-    """A slab: the third vector may be zero, long, short or tilted, and the atoms may stick out of the box."""
+    """A slab: the third vector may be zero, long, short or tilted, and the atoms may stick out of
+    the box."""
     rng = np.random.default_rng(1)
     plane = np.array([[4.0, 0, 0], [1.0, 5.0, 0]])
-    positions = rng.uniform(0, 1, (12, 2)) @ plane + np.array([0, 0, 1]) * rng.uniform(-9, 9, (12, 1))
+    positions = rng.uniform(0, 1, (12, 2)) @ plane + np.array([0, 0, 1]) * rng.uniform(
+        -9, 9, (12, 1)
+    )
     pbc = np.array([True, True, False])
     answers = [
         edges(positions, np.vstack([plane, third]), pbc, 5.0)
@@ -123,13 +127,14 @@ def test_single_atom():
     assert edges(np.zeros((1, 3)), np.zeros((3, 3)), FREE, 5.0) == set()
     crystal = edges(np.zeros((1, 3)), np.eye(3) * 3, PERIODIC, 3.5)
     assert crystal == {
-        (0, 0, *s)
-        for s in [(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)]
+        (0, 0, *s) for s in [(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)]
     }
 
 
 def test_no_edges_and_no_atoms():
-    edge_index, shifts = neighbor_list(np.array([[0, 0, 0], [9.0, 0, 0]]), np.zeros((3, 3)), FREE, 5.0)
+    edge_index, shifts = neighbor_list(
+        np.array([[0, 0, 0], [9.0, 0, 0]]), np.zeros((3, 3)), FREE, 5.0
+    )
     assert edge_index.shape == (2, 0) and shifts.shape == (0, 3)
     edge_index, shifts = neighbor_list(np.zeros((0, 3)), np.zeros((3, 3)), FREE, 5.0)
     assert edge_index.shape == (2, 0) and edge_index.dtype == np.int64
@@ -186,4 +191,6 @@ def test_unusable_positions_are_refused():
 
 def test_absurd_density_is_refused_before_memory_runs_out():
     with pytest.raises(ValueError, match="pairs within"):
-        neighbor_list(np.random.default_rng(8).uniform(0, 1, (5000, 3)), np.eye(3) * 0.1, PERIODIC, 5.0)
+        neighbor_list(
+            np.random.default_rng(8).uniform(0, 1, (5000, 3)), np.eye(3) * 0.1, PERIODIC, 5.0
+        )

@@ -68,7 +68,10 @@ def test_only_the_ambiguous_elements_are_named():
 
 def test_isolated_atoms_are_taken_verbatim_and_left_out_of_the_rest(tmp_path):
     shifted = write(
-        tmp_path / "a.h5", random_formulas(), lambda z: sum(E0[k] for k in z) - 4.0 * len(z), (1, 6, 8)
+        tmp_path / "a.h5",
+        random_formulas(),
+        lambda z: sum(E0[k] for k in z) - 4.0 * len(z),
+        (1, 6, 8),
     )
     s = compute_statistics(shifted)
     assert [s.e0[z].item() for z in (1, 6, 8)] == [E0[z] for z in (1, 6, 8)]
