@@ -23,14 +23,14 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms, units
-from ase.io import read, write
+from ase.io import write
 from ase.io.trajectory import Trajectory
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import Stationary
 from ase.md.verlet import VelocityVerlet
 
 from mlip.calculators.md_state import read_state, restore_atoms, restore_dynamics, save_state
-from mlip.calculators.relaxation import as_calculator, frozen
+from mlip.calculators.relaxation import as_calculator, frozen, last_frame
 
 ENSEMBLES = ("nve", "langevin", "nose-hoover", "npt")
 COLUMNS = (
@@ -110,12 +110,9 @@ def run_md(
     ValueError, OSError
         For settings, structures and files that cannot be used.
     """
-    if isinstance(atoms, Atoms):
-        atoms = atoms.copy()
-    else:
-        atoms = read(os.fspath(atoms))
-    _check_settings(atoms, ensemble, temperature, timestep, steps, interval)
-    atoms.calc = as_calculator(model, **calculator_options)
+    moving = atoms.copy() if isinstance(atoms, Atoms) else last_frame(os.fspath(atoms))
+    _check_settings(moving, ensemble, temperature, timestep, steps, interval)
+    moving.calc = as_calculator(model, **calculator_options)
     generator = np.random.default_rng(seed)
     state = _state_file(trajectory, restart)
     facts: dict[str, Any] = {
@@ -134,24 +131,24 @@ def run_md(
                     f"{state}: the earlier run had {key} = {past.get(key)}, not {value}; "
                     f"give the same settings, or start a new run from its last frame"
                 )
-        restore_atoms(atoms, arrays, state)
-    elif not atoms.has("momenta") and temperature:
-        _thermalize(atoms, temperature, generator)
-        if ensemble != "langevin":
-            Stationary(atoms)
-    atoms.get_forces()  # complaints about structure and model come before any file is touched
+        restore_atoms(moving, arrays, state)
+    elif not moving.has("momenta") and temperature:
+        _thermalize(moving, temperature, generator)
+        if ensemble != "langevin" and len(moving) > 1:
+            Stationary(moving)
+    moving.get_forces()  # complaints about structure and model come before any file is touched
 
-    dynamics = _driver(atoms, facts, generator)
+    dynamics = _driver(moving, facts, generator)
     if restart:
         restore_dynamics(dynamics, arrays, past)
         generator.bit_generator.state = past["random"]
     recorder = _Recorder(trajectory, log, past)
     if max_temperature is None:
-        max_temperature = 10 * (temperature or atoms.get_temperature()) + 3000
+        max_temperature = 10 * (temperature or moving.get_temperature()) + 3000
 
     def observe() -> None:
         step = dynamics.nsteps
-        _guard(atoms, step, timestep, max_force, max_temperature, state)
+        _guard(moving, step, timestep, max_force, max_temperature, state)
         fresh = step > past.get("step", -1)
         if fresh and (step % interval == 0 or step == steps):
             recorder.record(dynamics, timestep)
@@ -165,15 +162,12 @@ def run_md(
         dynamics.run(max(steps - dynamics.nsteps, 0))
     except SimulationError:
         raise
-    except (
-        ValueError
-    ) as problem:  # of the calculator: overlapping atoms, numbers that are not finite
-        raise SimulationError(
-            _stopped(dynamics.nsteps + 1, timestep, str(problem), state)
-        ) from None
+    except ValueError as problem:  # of the calculator: atoms overlap, numbers are not finite
+        reason = _stopped(dynamics.nsteps + 1, timestep, str(problem), state)
+        raise SimulationError(reason) from None
     finally:
         recorder.close()
-    return MDResult(frozen(atoms), dynamics.nsteps, recorder.table())
+    return MDResult(frozen(moving), dynamics.nsteps, recorder.table())
 
 
 def _check_settings(

@@ -178,7 +178,20 @@ class EqCalculator(Calculator):
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Changes since the last calculation, with charge and spin if the model reads them."""
-        changes = list(super().check_state(atoms, tol=tol))
+        old = self.atoms
+        if old is None or tol != 1e-15:
+            changes = list(super().check_state(atoms, tol=tol))
+        else:  # bits are compared faster than tolerances, and no change is too small
+            changes = [
+                name
+                for name, before, now in (
+                    ("positions", old.positions, atoms.positions),
+                    ("numbers", old.numbers, atoms.numbers),
+                    ("cell", old.cell.array, atoms.cell.array),
+                    ("pbc", old.pbc, atoms.pbc),
+                )
+                if not np.array_equal(before, now)
+            ]
         if not changes and self._read_info(atoms) != self._read_info(self._given(None)):
             changes.append("info")
         return changes

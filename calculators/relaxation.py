@@ -212,6 +212,13 @@ def frozen(atoms: Atoms, constraints: Sequence[Any] | None = None) -> Atoms:
     return copy
 
 
+def last_frame(path: str) -> Atoms:
+    """The structure in a file, of several the last."""
+    atoms = read(path)
+    assert isinstance(atoms, Atoms)  # read() gives a list only if asked for one
+    return atoms
+
+
 def spacegroup(atoms: Atoms | None, symprec: float) -> str | None:
     """Symbol and number such as ``Fd-3m (227)``; None without a crystal or without spglib."""
     if atoms is None or not atoms.pbc.all():
@@ -223,9 +230,8 @@ def spacegroup(atoms: Atoms | None, symprec: float) -> str | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations of spglib
         try:
-            return spglib.get_spacegroup(
-                (np.array(atoms.cell), atoms.get_scaled_positions(), atoms.numbers), symprec=symprec
-            )
+            crystal: Any = (np.array(atoms.cell), atoms.get_scaled_positions(), atoms.numbers)
+            return spglib.get_spacegroup(crystal, symprec=symprec)
         except (
             Exception
         ):  # its error classes differ between versions; a symbol is not worth a failure

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from ase import units
-from ase.io import read, write
+from ase.io import write
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from mlip.calculators.dynamics import MDResult, run_md
-from mlip.calculators.relaxation import RelaxResult, relax
+from mlip.calculators.relaxation import RelaxResult, last_frame, relax
 
 
 def relax_and_report(
@@ -109,7 +109,7 @@ def md_and_report(
                 f"or give another name"
             )
     console = _console()
-    atoms = read(structure)
+    atoms = last_frame(structure)
     if tuple(repeat) != (1, 1, 1):
         atoms = atoms.repeat(repeat)
     columns = (

@@ -42,7 +42,7 @@ def check_elements(numbers: np.ndarray, known: np.ndarray) -> None:
         return
     strange = [z for z in np.unique(numbers) if not (0 <= z < len(known) and known[z])]
     first = ", ".join(f"{_symbol(z)} (atom {int(np.argmax(numbers == z))})" for z in strange)
-    have = ", ".join(_symbol(z) for z in np.flatnonzero(known)) or "none"
+    have = ", ".join(_symbol(int(z)) for z in np.flatnonzero(known)) or "none"
     raise ValueError(f"the model does not know the element {first}; it knows {have}")
 
 

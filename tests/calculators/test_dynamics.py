@@ -192,6 +192,12 @@ def test_pressure_of_npt(toy) -> None:
     assert high.log["pressure_GPa"][late].mean() == pytest.approx(20.0, abs=4.0)
 
 
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+def test_a_single_atom(toy, ensemble: str) -> None:
+    result = run_md(bulk("Cu"), toy, ensemble=ensemble, steps=3, interval=1)
+    assert np.isfinite(result.log["total_eV"]).all()
+
+
 def test_units_of_time(toy) -> None:
     atoms = Atoms("Cu", cell=[20, 20, 20], pbc=True)
     atoms.set_velocities([[0.01 / units.fs, 0, 0]])

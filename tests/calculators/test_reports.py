@@ -1,0 +1,71 @@
+"""The verbs ``mlip relax`` and ``mlip md``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ase.build import bulk
+from ase.io import read, write
+from typer.testing import CliRunner
+
+from mlip.checkpoint import save
+from mlip.cli import app
+from mlip.models import build
+from mlip.potential import Potential
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch) -> None:
+    """A folder with a model and structures, in which the command runs."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    e0 = torch.full((119,), torch.nan)
+    e0[14] = -1.0
+    save(
+        Potential(build("facet", cutoff=4.0, channels=8, num_layers=1, lmax=1), e0), "m.safetensors"
+    )
+    write("si.xyz", bulk("Si", cubic=True))
+    write("cu.cif", bulk("Cu"))
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=True)
+    return result.exit_code, result.output + str(result.exception or "")
+
+
+def test_relax_prints_a_table_and_writes_the_structures(files) -> None:
+    code, text = run("relax", "si.xyz", "-m", "m.safetensors", "--cell", "--out", "r.xyz")
+    assert code == 0, text
+    for word in ("E/atom", "si.xyz", "converged", "r.xyz"):
+        assert word in text
+    assert read("r.xyz").get_forces().shape == (8, 3)
+
+
+def test_relax_finishes_what_it_can_and_says_so(files) -> None:
+    code, text = run("relax", "cu.cif", "si.xyz", "none.cif", "-m", "m.safetensors")
+    assert code == 1
+    for word in ("does not know the element Cu", "converged", "cannot be read"):
+        assert word in text
+
+
+def test_md_restart_and_no_loss_of_earlier_files(files) -> None:
+    start = ("md", "si.xyz", "-m", "m.safetensors", "--interval", "2")
+    code, text = run(*start, "--steps", "4")
+    assert code == 0 and "temperature" in text, text
+    code, text = run(*start, "--steps", "8")
+    assert code != 0 and "--restart" in text
+    code, text = run(*start, "--steps", "8", "--restart")
+    assert code == 0, text
+    assert [frame.info["step"] for frame in read("md.xyz", ":")] == [0, 2, 4, 6, 8]
+    code, text = run(*start, "--steps", "2", "--overwrite", "--repeat", "2", "1", "1")
+    assert code == 0 and len(read("md.xyz")) == 16
+
+
+def test_mistakes_are_one_line(files) -> None:
+    for arguments, word in (
+        (("md", "si.xyz", "-m", "nothing"), "nothing"),
+        (("md", "si.xyz", "-m", "m.safetensors", "--ensemble", "nvt"), "langevin"),
+        (("relax", "si.xyz", "-m", "m.safetensors", "--pressure", "3"), "cell"),
+    ):
+        code, text = run(*arguments)
+        assert code != 0 and word in text
