@@ -258,7 +258,7 @@ def md(
 def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Configuration.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as model.channels=32.")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As model.channels=32.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue what run_dir holds, if it holds anything.")

@@ -1,4 +1,4 @@
-"""Strict typed configuration: YAML to pydantic models, overrides ``a.b=c``, and answers to misspelt keys."""
+"""Strict typed configuration: YAML to pydantic models, overrides ``a.b=c``, hints on errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class ConfigError(ValueError):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file of plain data: no tags, no aliases (a few lines of them can stand for gigabytes).
+    """Read a YAML file of plain data: no tags, no aliases (a few lines of them can stand for
+    gigabytes).
 
     Raises
     ------
@@ -108,7 +109,7 @@ def dotted_names(config_class: type[BaseModel], prefix: str = "") -> Iterator[st
 
 
 def _hint(key: str, names: Sequence[str]) -> str:
-    """The nearest option: by the whole name, else by its last part, which may stand in another section."""
+    """The nearest option: by the whole name, else by its last part, in whatever section."""
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
     if not close:
         leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}

@@ -1,4 +1,4 @@
-"""Configurations are checked before anything else happens, and wrong ones are answered with the right key."""
+"""Configurations are checked before anything else; wrong ones are answered with the right key."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_wrong_options_are_named(content: dict[str, Any], answer: str) -> None:
 
 
 def test_all_errors_come_at_once() -> None:
-    with pytest.raises(ConfigError, match="weight_decay.*chanels"):
+    with pytest.raises(ConfigError, match=r"weight_decay.*chanels"):
         parse(Outer, {"chanels": 1, "optimizer": {"weight_decay": -1}})
 
 

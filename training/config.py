@@ -1,7 +1,8 @@
 """Configuration of a training run: sections of a YAML file, presets, and MACE's habitual names.
 
-``parse_training`` makes a ``TrainConfig`` of plain content.  Its section ``model`` has the hyperparameters of the named
-model beside ``name``, ``size`` and ``repulsion``, so that every key of the file is checked before any data are read.
+``parse_training`` makes a ``TrainConfig`` of plain content.  Its section ``model`` has the
+hyperparameters of the named model beside ``name``, ``size`` and ``repulsion``, so that every key of
+the file is checked before any data are read.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ _UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "min": 60.0, "s": 1.0, "": 1.0}
 
 
 def seconds(value: Any) -> Any:
-    """Seconds of ``"30m"``, ``"1h30m"``, ``"90s"`` or a number; what is neither is left to the validation."""
+    """Seconds of ``"30m"``, ``"1h30m"``, ``"90s"`` or a number; anything else passes through."""
     if not isinstance(value, str):
         return value
     parts = re.findall(r"(\d+(?:\.\d*)?)\s*(d|h|min|m|s|)\s*", value.strip())
@@ -354,7 +355,8 @@ def parse_training(content: Mapping[str, Any], source: str = "configuration") ->
 
 
 def load_training(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a configuration file and apply overrides ``a.b=c``; relative paths are relative to the working folder.
+    """Read a configuration file and apply overrides ``a.b=c``; relative paths are relative to the
+    working folder.
 
     Raises
     ------
@@ -375,7 +377,7 @@ def _without_aliases(content: Mapping[str, Any], source: str) -> dict[str, Any]:
     """MACE's flat names moved to their sections; a section of the same name (``loss``) stays."""
     result = dict(content)
     for key in content:
-        if key not in ALIASES or isinstance(content[key], Mapping) and key == "loss":
+        if key not in ALIASES or (isinstance(content[key], Mapping) and key == "loss"):
             continue
         value = result.pop(key)
         section, _, leaf = ALIASES[key].rpartition(".")

@@ -1,4 +1,4 @@
-"""Training from the command line: what the package logs goes to the terminal, above a progress bar."""
+"""Training from the command line: log lines go to the terminal, above a progress bar."""
 
 from __future__ import annotations
 

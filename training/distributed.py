@@ -1,9 +1,10 @@
 """Data-parallel training under ``torchrun``: sums over processes, and nothing else.
 
-Every average of the package is (sum over all processes) / (count over all processes), so batches may be ragged and the
-gradient is that of one process with the union of the batches.  Gradients are summed after ``backward`` in one flat
-buffer; there is no module wrapper, hence nothing that second derivatives or unused parameters could upset.
-In a single process all functions return their argument.
+Every average of the package is (sum over all processes) / (count over all processes), so batches
+may be ragged and the gradient is that of one process with the union of the batches.  Gradients are
+summed after ``backward`` in one flat buffer; there is no module wrapper, hence nothing that second
+derivatives or unused parameters could upset. In a single process all functions return their
+argument.
 """
 
 from __future__ import annotations

@@ -31,12 +31,14 @@ COLUMNS = (
 
 
 class RunLog:
-    """Writes one row per epoch; energies in eV/atom, forces in eV/angstrom, stress in eV/angstrom^3.
+    """Writes one row per epoch; energies in eV/atom, forces in eV/angstrom, stress in
+    eV/angstrom^3.
 
     Parameters
     ----------
     run_dir : folder of the run
-    rows : epochs that the continued run has behind it; later rows, of a run that was killed, are dropped
+    rows : epochs that the continued run has behind it; later rows, of a run that was killed, are
+        dropped
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig, rows: int = 0) -> None:

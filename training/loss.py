@@ -1,9 +1,11 @@
-"""Loss terms: ``term(potential, graph, out) -> Tensor``, a mean over all labelled items of the global batch.
+"""Loss terms: ``term(potential, graph, out) -> Tensor``, a mean over all labelled items of the
+global batch.
 
-    loss = sum_k w_k mean_k,      mean = (sum over items of all processes) / (number of items of all processes)
+    loss = sum_k w_k mean_k,    mean = (sum over items of all processes) / (their number)
 
-The value on one process is its share of the sum: shares, and with them gradients, add up over processes.
-Missing labels are NaN.  They are replaced before the residual is formed, so that no NaN enters a derivative.
+The value on one process is its share of the sum: shares, and with them gradients, add up over
+processes. Missing labels are NaN.  They are replaced before the residual is formed, so that no NaN
+enters a derivative.
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ class LossTerm(Protocol):
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Share of this process in the mean of ``values`` where ``mask``; zero if no process has any."""
+    """Share of this process in the mean of ``values`` where ``mask``; zero if there are none."""
     count = all_sum(mask.sum()).clamp(min=1)
     return torch.where(mask, values, 0).sum() / count
 
 
 def penalty(kind: str, delta: float = 0.01) -> Penalty:
-    """x -> x^2 (mse), |x| (mae), or quadratic below ``delta`` and linear above (huber, slope 1, hence / delta)."""
+    """x -> x^2 (mse), |x| (mae), or quadratic below ``delta`` and of slope 1 above (huber)."""
     if kind == "mse":
         return torch.square
     if kind == "mae":
@@ -60,7 +62,7 @@ class EnergyTerm:
 
 
 class ForcesTerm:
-    """Residual of the forces, eV/angstrom: of components, or the length of each atom's error vector (``l2``)."""
+    """Residual of the forces, eV/angstrom: components, or each atom's length of error (``l2``)."""
 
     def __init__(self, penalty: Penalty, l2: bool = False) -> None:
         self.penalty, self.l2 = penalty, l2
@@ -147,7 +149,8 @@ def _residual(value: Tensor, graph: AtomicGraph, name: str) -> tuple[Tensor, Ten
     if name not in graph:
         return torch.zeros_like(value), torch.zeros_like(value, dtype=torch.bool)
     label = graph[name]
-    # A stress is undefined, NaN, without a periodic cell; any other NaN of the model must come to light.
+    # A stress is undefined, NaN, without a periodic cell; any other NaN of the model must come to
+    # light.
     mask = ~label.isnan()
     if name == "stress":
         mask = mask & ~graph.volume.isnan()[:, None, None]

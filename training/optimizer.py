@@ -1,8 +1,9 @@
-"""Optimizers, schedules as functions of the progress of the training, and the average of the weights.
+"""Optimizers, schedules as functions of the progress of the training, and the average of the
+weights.
 
-Muon: K. Jordan et al. (2024), https://kellerjordan.github.io/posts/muon; scale of the step after J. Liu et al.,
-arXiv:2502.16982: an orthogonal matrix m x n has entries of size max(m, n)^-1/2, times 0.2 max(m, n)^1/2 it moves the
-weights as far as AdamW does.
+Muon: K. Jordan et al. (2024), https://kellerjordan.github.io/posts/muon; scale of the step after J.
+Liu et al., arXiv:2502.16982: an orthogonal matrix m x n has entries of size max(m, n)^-1/2, times
+0.2 max(m, n)^1/2 it moves the weights as far as AdamW does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic that drives singular valu
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is orthogonalised; for matrices, or stacks of them in one parameter (..., m, n).
+    """Momentum whose step is orthogonalised; for matrices, or stacks of them in one parameter (...,
+    m, n).
 
     (``torch.optim.Muon`` takes single matrices only, and weights of steerable features are stacks.)
     """
@@ -56,7 +58,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(G: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz iteration: singular values of each matrix of ``G`` (..., m, n) become about 1."""
+    """Newton-Schulz iteration: singular values of each matrix (..., m, n) in ``G`` become about 1."""
     a, b, c = NS_COEFFICIENTS
     X = G.mT if G.shape[-2] > G.shape[-1] else G
     # A gradient of zero stays zero: the floor only keeps 0 / 0 away.
@@ -68,14 +70,15 @@ def orthogonalized(G: Tensor, steps: int = 5) -> Tensor:
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters with and without weight decay: matrices, and biases, norms, embeddings, vectors."""
+    """Parameters with weight decay (matrices) and without (biases, norms, embeddings)."""
     exempt = {
         id(p)
         for module in model.modules()
         if isinstance(module, (nn.Embedding, *NORMS))
         for p in module.parameters(recurse=False)
     }
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for p in model.parameters():
         if p.requires_grad:
             (plain if p.ndim < 2 or id(p) in exempt else decay).append(p)
@@ -83,7 +86,7 @@ def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers that together move all parameters; each group has its top learning rate as ``top_lr``."""
+    """The optimizers that together move all parameters; ``top_lr`` of a group is its full rate."""
     decay, plain = parameter_groups(model)
     optimizers: list[torch.optim.Optimizer] = []
     if config.name == "muon":
@@ -121,7 +124,8 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.opt
 def learning_rate(config: ScheduleConfig, progress: float, reduction: float = 1.0) -> float:
     """Learning rate relative to its top after a share ``progress`` of the training.
 
-    Linear warm-up from 0, then half a cosine down to ``final``, or constant; ``reduction`` is that of the plateau.
+    Linear warm-up from 0, then half a cosine down to ``final``, or constant; ``reduction`` is that
+    of the plateau.
     """
     progress = min(max(progress, 0.0), 1.0)
     if progress < config.warmup:
@@ -155,7 +159,8 @@ class Plateau:
 class AveragedWeights:
     """Exponential moving average of the parameters.
 
-    Early on the decay is that of a plain mean, (1 + n) / (10 + n), so that the random start is soon forgotten.
+    Early on the decay is that of a plain mean, (1 + n) / (10 + n), so that the random start is soon
+    forgotten.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:

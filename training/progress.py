@@ -19,7 +19,7 @@ INTERVAL = 0.25  # seconds between redraws; a step takes milliseconds
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Callable[[Trainer], None]]:
-    """Gives a function to be called after each step; draws how far the training is and the time left."""
+    """Gives a function to call after each step; draws how far the training is, and time left."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     begin: list[tuple[float, float]] = []  # (clock, progress) at the first step of this process
     drawn = 0.0

@@ -1,7 +1,7 @@
 """A training run from its configuration: data, statistics, model, training, final tables and plots.
 
-Everything that is global to a process is set here and nowhere else: allocator, threads, seeds, matrix precision,
-signal handlers.
+Everything that is global to a process is set here and nowhere else: allocator, threads, seeds,
+matrix precision, signal handlers.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def report(config: TrainConfig, data: RunData, device: torch.device) -> dict[str
 
 
 def tune_allocator() -> None:
-    """Let glibc keep freed memory instead of mapping it anew for each large tensor: 1.5 to 3 times faster on a CPU."""
+    """Let glibc keep freed memory, not map it anew for each tensor: 1.5 to 3 times faster."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # another C library: nothing to gain, nothing lost
@@ -255,7 +255,8 @@ def _wants_resume(config: TrainConfig) -> bool:
     state = config.run_dir / STATE
     if config.resume == "never" and state.is_file():
         raise ValueError(
-            f"{config.run_dir} holds a training run; continue it with --resume, or choose another run_dir"
+            f"{config.run_dir} holds a training run; continue it with --resume, "
+            "or choose another run_dir"
         )
     if config.resume == "must" and not state.is_file():
         raise ValueError(
@@ -265,7 +266,7 @@ def _wants_resume(config: TrainConfig) -> bool:
 
 
 def _fingerprint(config: TrainConfig, data: RunData) -> dict[str, Any]:
-    """What decides the course of a training besides its state; extending or ending it early is allowed."""
+    """What decides the course of a training besides its state; its length may change."""
     dump = config.model_dump(mode="json")
     keys = (
         "batch_size",
@@ -295,7 +296,8 @@ def _train_loader(d: DataConfig, dataset: HDF5Dataset, seed: int, pin: bool) -> 
     if batch is not None:
         if batch % size:
             raise ValueError(
-                f"data.batch_size={batch} cannot be shared by {size} processes; take a multiple of {size}"
+                f"data.batch_size={batch} cannot be shared by {size} processes; "
+                f"take a multiple of {size}"
             )
         batch //= size
     return GraphLoader(

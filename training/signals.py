@@ -13,7 +13,7 @@ PATIENCE = 5.0  # seconds; launchers repeat a signal at once, a person who repea
 
 
 class StopSignals:
-    """Within the block, the first signal is noted in ``received`` while ``polite``, else it ends the process."""
+    """Within the block, a signal is noted in ``received`` while ``polite``, else ends the run."""
 
     def __init__(self) -> None:
         self.received = 0

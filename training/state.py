@@ -26,7 +26,7 @@ def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, 
 def load_optimizers(
     optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Inverse of ``optimizer_tensors``; learning rates and the like stay those of the configuration."""
+    """Inverse of ``optimizer_tensors``; learning rates and the like stay as configured."""
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")

@@ -1,13 +1,15 @@
 """One training loop for all models.
 
-An epoch is: steps over all batches, then validation with the averaged weights, then one line in the log.  Everything
-that decides how the training goes on is in one file, ``state.safetensors``, so that a continued run is identical to
-the bit to one that was never interrupted; only a limit of time (``max_time``) makes a run depend on the clock.
+An epoch is: steps over all batches, then validation with the averaged weights, then one line in the
+log.  Everything that decides how the training goes on is in one file, ``state.safetensors``, so
+that a continued run is identical to the bit to one that was never interrupted; only a limit of time
+(``max_time``) makes a run depend on the clock.
 
-    step:   g = d loss / d weights, summed over processes;  clip;  optimizer;  average of the weights
+    step:  g = d loss / d weights, summed over processes; clip; optimizer; average of weights
 
-Files in the run's folder: ``best.safetensors`` and ``last.safetensors`` (potentials with averaged weights),
-``state.safetensors`` (raw weights, averages, optimizers, random states, position), ``log.csv``, ``log.jsonl``.
+Files in the run's folder: ``best.safetensors`` and ``last.safetensors`` (potentials with averaged
+weights), ``state.safetensors`` (raw weights, averages, optimizers, random states, position),
+``log.csv``, ``log.jsonl``.
 """
 
 from __future__ import annotations
@@ -46,11 +48,11 @@ CHECK_EVERY = 16  # steps between looks at the loss on a GPU, which each look ma
 
 
 class DivergenceError(ValueError):
-    """The loss is no longer a finite number; the text names the step and the structures of the batch."""
+    """The loss is no longer finite; the text names the step and the structures of the batch."""
 
 
 class Interrupted(SystemExit):
-    """Stopped by a signal after the state was saved; the exit code is 128 + the number of the signal."""
+    """Stopped by a signal after the state was saved; exit code 128 + number of the signal."""
 
 
 class Trainer:
@@ -96,7 +98,8 @@ class Trainer:
         self.ema = None if decay is None else AveragedWeights(self.parameters, decay)
         self.plateau = Plateau(self.schedule.factor, self.schedule.plateau_patience)
         self.norm_limit = config.optimizer.clip_grad or math.inf
-        # A look at the loss costs nothing on a CPU and between processes that wait for each other anyhow.
+        # A look at the loss costs nothing on a CPU and between processes that wait for each other
+        # anyhow.
         self.check_every = (
             CHECK_EVERY if self.device.type == "cuda" and distributed.world_size() == 1 else 1
         )
@@ -144,7 +147,8 @@ class Trainer:
         Raises
         ------
         DivergenceError
-            At the first loss or gradient that is not finite; saved state and best model are from before.
+            At the first loss or gradient that is not finite; saved state and best model are from
+            before.
         Interrupted
             After a signal; the state is saved.
         """
@@ -201,9 +205,10 @@ class Trainer:
             loss.backward()
         except torch.OutOfMemoryError:
             raise MemoryError(
-                f"{self.device} is out of memory at step {self.step}: a batch of {graph.num_structures} "
-                f"structures, {len(graph.positions)} atoms, {graph.edge_index.shape[1]} neighbour pairs; "
-                f"lower data.batch_size or data.max_atoms (the saved state in {self.run_dir} is intact)"
+                f"{self.device} is out of memory at step {self.step} with {graph.num_structures} "
+                f"structures, {len(graph.positions)} atoms, {graph.edge_index.shape[1]} "
+                "neighbour pairs in a batch; lower data.batch_size or data.max_atoms "
+                f"(the saved state in {self.run_dir} is intact)"
             ) from None
         distributed.sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.norm_limit)
@@ -241,9 +246,10 @@ class Trainer:
             if not abs(number) < DIVERGED:
                 step = self.step - len(unchecked) + 1 + k
                 raise DivergenceError(
-                    f"step {step} (epoch {self.epoch + 1}): loss and gradient are {number}; the batch was frames "
-                    f"{', '.join(map(str, frames.tolist()))} of {self.train_loader.dataset.path}. Look at these "
-                    f"structures, or lower optimizer.lr; the best model so far in {self.run_dir} is untouched"
+                    f"step {step} (epoch {self.epoch + 1}): loss and gradient are {number}; "
+                    f"the batch was frames {', '.join(map(str, frames.tolist()))} of "
+                    f"{self.train_loader.dataset.path}. Look at these structures, or lower "
+                    f"optimizer.lr; the best model so far in {self.run_dir} is untouched"
                 )
 
     def _end_epoch(self) -> None:
@@ -312,7 +318,7 @@ class Trainer:
             self._interrupt(int(stop))
 
     def score(self, errors: Errors) -> float:
-        """Validation loss: the weighted mean errors (squared for ``mse``) with the last stage's weights."""
+        """Validation loss: weighted MAE (MSE for ``mse``) with the weights of the last stage."""
         loss = self.config.loss
         total = 0.0
         for quantity, weight in self.objective.at(1.0).items():
@@ -337,7 +343,7 @@ class Trainer:
             checkpoint.save(self.potential, self.run_dir / name, training=training)
 
     def save(self) -> None:
-        """Write the state, and the potential as it is, each in one atomic step; all processes have to call this."""
+        """Write state and potential, each in one atomic step; all processes have to call this."""
         self._check()
         random = state.random_tensors(self.device)
         sums, loss = distributed.all_sum(self.sums.sums), distributed.all_sum(self.loss_sum)
@@ -396,7 +402,8 @@ class Trainer:
         changed = state.differences(numbers["fingerprint"], self.fingerprint)
         if changed:
             raise ValueError(
-                f"{path}: cannot continue this run, {'; '.join(changed)}; put it back, or take another run_dir"
+                f"{path}: cannot continue this run, {'; '.join(changed)}; "
+                "put it back, or take another run_dir"
             )
         self.potential.load_state_dict(state.part("potential", tensors))
         state.load_optimizers(self.optimizers, tensors)

@@ -118,7 +118,7 @@ class Pairs:
 def predictions(
     potential: Potential, dataset: HDF5Dataset, graph: AtomicGraph, out: Mapping[str, Tensor]
 ) -> Iterator[str]:
-    """Frames of a batch as extended XYZ: labels as ``REF_energy``, predictions as ``MLIP_energy`` and so on."""
+    """Frames of a batch as extended XYZ: labels ``REF_energy``, predictions ``MLIP_energy``, ..."""
     from ase.data import chemical_symbols
 
     ptr = graph.ptr.tolist()
@@ -179,7 +179,8 @@ def evaluate_file(
     batch_size: int = 16,
     plots: bool = True,
 ) -> Report:
-    """What ``mlip eval`` does: errors of a data file, and in the folder ``out`` predictions, plots and a table.
+    """What ``mlip eval`` does: errors of a data file, and in the folder ``out`` predictions, plots
+    and a table.
 
     Isolated-atom frames are left out: their energy is right by construction.
 
@@ -229,7 +230,10 @@ def evaluate_files(
     device: str = "auto",
     dtype: str = "",
 ) -> list[Report]:
-    """``evaluate_file`` for several files and a model given by its file or name; a subfolder of ``out`` for each."""
+    """``evaluate_file`` for several files, with a model given by its file or name.
+
+    With several files each has its subfolder of ``out``.
+    """
     from mlip.checkpoint import load
     from mlip.pretrained import find
 
@@ -266,5 +270,6 @@ def check_elements(potential: Potential, dataset: HDF5Dataset) -> None:
             names = ", ".join(chemical_symbols[z] for z in missing)
             knows = ", ".join(chemical_symbols[z] for z in sorted(known))
             raise ValueError(
-                f"{dataset.path}: frame {dataset.indices[k]} contains {names}; the potential knows {knows}"
+                f"{dataset.path}: frame {dataset.indices[k]} contains {names}; "
+                f"the potential knows {knows}"
             )

@@ -1,7 +1,8 @@
 """Errors of a potential: MAE and RMSE of energy per atom, forces and stress, streamed over batches.
 
-Sums of |x| and x^2 and counts are kept in float64 for each ``config_type``, so the result does not depend on how the
-structures were divided into batches or over processes.  Units inside: eV, eV/angstrom, eV/angstrom^3.
+Sums of |x| and x^2 and counts are kept in float64 for each ``config_type``, so the result does not
+depend on how the structures were divided into batches or over processes.  Units inside: eV,
+eV/angstrom, eV/angstrom^3.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class ErrorSums:
     def add(
         self, graph: AtomicGraph, out: Mapping[str, Tensor], types: Tensor | None = None
     ) -> None:
-        """Add the errors of a batch; ``types`` (G,) int64 are numbers of config types, 0 by default."""
+        """Add the errors of a batch; ``types`` (G,) int64 are numbers of config types, else 0."""
         device = self.sums.device
         if types is None:
             types = torch.zeros(graph.num_structures, dtype=torch.int64, device=device)

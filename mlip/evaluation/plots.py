@@ -71,7 +71,8 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         unit = f" MAE / {UNITS[quantity]}" if quantity in UNITS else ""
         axis.set_xlabel("epoch")
         axis.set_ylabel(f"{quantity}{unit}")
-        axis.legend(fontsize="small")
+        if axis.lines:
+            axis.legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
 

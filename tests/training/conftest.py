@@ -25,7 +25,7 @@ SMALL = {"cutoff": 3.6, "channels": 8, "num_layers": 1, "lmax": 1, "num_basis": 
 
 
 def write_copper(path: Path, num: int, seed: int, element: str = "Cu") -> Path:
-    """Strained, rattled copper with EMT's labels; two config types; stress on two of three frames."""
+    """Strained, rattled copper with EMT's labels; two config types; stress on two of three."""
     rng = np.random.default_rng(seed)
     with HDF5Writer(path, {"level_of_theory": "EMT"}) as file:
         for k in range(num):
@@ -87,7 +87,7 @@ def configure(copper: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
 
 @pytest.fixture
 def spawn() -> Any:
-    """Start a function in a forked child, which spares the seconds of importing torch anew; ended with the test."""
+    """Start a function in a forked child, which need not import torch anew; ended with the test."""
     children: list[BaseProcess] = []
 
     def start(function: Callable[..., None], *args: Any) -> BaseProcess:

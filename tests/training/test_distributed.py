@@ -65,7 +65,7 @@ def test_gradients_of_two_processes_are_those_of_one(
     port = free_port()
     data = copper / "train.h5"  # frames 0, 3, 6 have no stress, so that counts differ as well
     children = [spawn(gradients_in_group, data, frames, r, port, tmp_path) for r in range(2)]
-    flat, loss = gradients(data, sum(frames, []))
+    flat, loss = gradients(data, [*frames[0], *frames[1]])
     for rank, child in enumerate(children):
         child.join(60)
         assert child.exitcode == 0
@@ -110,9 +110,7 @@ def test_a_signal_stops_all_processes_and_they_continue(configure: Configure, sp
 
     epoch = checkpoint.read_tensors(parts.run_dir / STATE)[1]["epoch"] + 1
     schedule = {**constant, "max_epochs": epoch}
-    run_pair(
-        configure("parts", **sections, schedule=schedule, resume="must"), spawn, None, [0, 0]
-    )
+    run_pair(configure("parts", **sections, schedule=schedule, resume="must"), spawn, None, [0, 0])
     whole = configure("whole", **sections, schedule=schedule)
     run_pair(whole, spawn, None, [0, 0])
     assert_same_bits(parts.run_dir / BEST, whole.run_dir / BEST)

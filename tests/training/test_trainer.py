@@ -1,4 +1,4 @@
-"""Laws of the training: it learns, continues to the bit, survives kills, and says what went wrong."""
+"""Laws of the training: it learns, continues to the bit, survives kills, says what went wrong."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_run_folder_and_resume_rules(configure: Configure, copper: Path) -> None
     assert names >= {"config.yaml", "log.csv", "log.jsonl", "errors.txt", "train.log"}
     assert names >= {"parity.png", "learning_curve.png", "tensorboard"}
     assert not any(name.endswith(".tmp") for name in names)
-    with pytest.raises(ValueError, match="holds a training run.*--resume"):
+    with pytest.raises(ValueError, match=r"holds a training run.*--resume"):
         train(config)
     other = configure(model={**SMALL, "channels": 4}, schedule={"max_epochs": 1}, resume="auto")
     with pytest.raises(ValueError, match=r"model\.channels was 8, now 4"):
