@@ -1,6 +1,7 @@
 """The models, one file each, and the table that names them.
 
-Adding a model is three edits: its file, its line here, its preset in ``configs/``; the tests of the contract pick it up.
+Adding a model is three edits: its file, its line here, its preset in ``configs/``; the tests of the
+contract pick it up.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ MODELS: dict[str, tuple[type[nn.Module], type[Config]]] = {
 
 
 def build(name: str, **hyperparameters: Any) -> Any:
-    """Build an untrained model by name; unknown names and hyperparameters are answered with the nearest one."""
+    """Build an untrained model by name; a misspelt hyperparameter is answered with the nearest."""
     if name not in MODELS:
         raise ValueError(f"unknown model '{name}'; there are {', '.join(MODELS)}")
     model_class, config_class = MODELS[name]

@@ -1,29 +1,33 @@
-"""Facet: steerable message passing with radial weights linear in few Bessel functions and products on the sphere.
+"""Facet: message passing with radial weights linear in few Bessel functions, products on the sphere.
 
-Features x_i are O(3) irreps of natural parity with equal multiplicities, x[lm, i, c], l <= L.  One layer:
+Features x_i are O(3) irreps of natural parity with equal multiplicities, x[lm, i, c], l <= L.
+One layer; g_j are few channels of x_j, U and V are linear in A:
 
-    T_i[lm b, l'm' s] = n^-1/2 sum_j Y_lm(r_ij) B_b(r_ij) f(r_ij) g_j[l'm', s],   g = few channels of x     (density)
-    A_i[l''m'', c]    = sum  W CG (T_i)                                                                      (weights)
-    P_i               = project_L ( U_i(r) V_i(r) )     products of functions on the sphere, U, V = linear in A
-    q_i               = A_0, |U_l|^2, U_l.P_l, |P_l|^2                       invariants of 2 to 5 bodies per layer
+    T_i[lm b, l'm' s] = n^-1/2 sum_j Y_lm(r_ij) B_b(r_ij) f(r_ij) g_j[l'm', s]     density
+    A_i[l''m'', c]    = sum W CG (T_i)                                             weights
+    P_i               = project_L ( U_i(r) V_i(r) )         products of functions on the sphere
+    q_i               = A_0, |U_l|^2, U_l.P_l, |P_l|^2      invariants of 2 to 5 bodies per layer
     x_i <- x_i + linear(U_i, P_i),   scalars <- scalars + MLP(q_i),   E_i <- E_i + readout(MLP(q_i))
 
-Because the radial weights are linear in B_b, they commute with the sum over neighbours: the sum has no weights at all.
-It is one batched matrix product per atom with a tensor Y B that all layers share; weights and Clebsch-Gordan
-coupling act on atoms, not on edges.
+Because the radial weights are linear in B_b, they commute with the sum over neighbours: the sum has
+no weights at all.  It is one batched matrix product per atom with a tensor Y B that all layers
+share; weights and Clebsch-Gordan coupling act on atoms, not on edges.
 
-After N. Miklaucic et al., "Facet" (arXiv:2509.08418): linear radial functions and S2-grid mixing.  Differences: parity
-kept, full neighbourhood with a smooth envelope, energies summed, exact products on a Gauss-Legendre grid by default.
+After N. Miklaucic et al., "Facet" (arXiv:2509.08418): linear radial functions and S2-grid mixing.
+Differences: parity kept, full neighbourhood with a smooth envelope, energies summed, exact products
+on a Gauss-Legendre grid by default.
 
-Symmetry: O(3), translations and permutations exactly with ``grid="poly"``; with ``grid="mlp"`` rotations only up to
-aliasing (measured in ``docs/models.md``).  No term survives without neighbours: an isolated atom has energy zero.
+Symmetry: O(3), translations and permutations exactly with ``grid="poly"``; with ``grid="mlp"``
+rotations only up to aliasing (measured in ``docs/models.md``).  No term survives without
+neighbours: an isolated atom has energy zero.
 Cost: O(E LM B S) + O(N LM C^2).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, cast
 
 import torch
 from pydantic import Field
@@ -133,25 +137,38 @@ class Layer(nn.Module):
                 g = send(steerable[l * l : (l + 1) ** 2])  # (2l+1, N, S)
                 messages.append(g.transpose(0, 1).flatten(1))  # (N, (2l+1) S)
         A = self.density(edges, messages, neighbors)  # (LM, N, 2C)
-        A = A * (1 + self.species_gate(species))
+        A = A * (soft_norm(A, (0, 2))[:, None] * (1 + self.species_gate(species)))
         U, V = A.split(self.channels, dim=-1)
         P = self.product(U, V)  # (LM, N, C)
         q = torch.cat(
             [A[0], self.invariants(U, U), self.invariants(U, P), self.invariants(P, P)], -1
         )
-        update = self.mlp(q, species)  # (N, C)
+        update = self.mlp(q * soft_norm(q, (1,))[:, None], species)  # (N, C)
         return scalars + update, torch.cat([U, P], dim=-1), self.readout(update).squeeze(-1)
+
+
+def soft_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Factor (N,) of an equivariant layer norm: (1 + mean x^2)^-1/2 over all but the atoms.
+
+    The one keeps it smooth and zero at zero: an atom whose last neighbour leaves fades out instead
+    of being blown up.
+    """
+    return torch.rsqrt(1 + x.square().mean(dim=dims))
 
 
 class Density(nn.Module):
     """Sum over neighbours of Y_lm B_b g_l'm's, coupled to total degree, mixed to channels."""
 
+    degree: Tensor  # (LM,)
+
     def __init__(self, lmax: int, num_basis: int, degrees: tuple[int, ...], channels: int) -> None:
         super().__init__()
         self.lmax, self.num_basis, self.degrees = lmax, num_basis, degrees
-        self.couplings = nn.ModuleList(Coupling(lmax, l) for l in range(1, len(degrees)))
-        paths = [lmax + 1, *(coupling.num_paths for coupling in self.couplings)]
-        # Each output degree receives about (number of paths / number of degrees) inputs of each kind.
+        couplings = [Coupling(lmax, l) for l in range(1, len(degrees))]
+        self.couplings = nn.ModuleList(couplings)
+        paths = [lmax + 1, *(coupling.num_paths for coupling in couplings)]
+        # Each output degree receives about (number of paths / number of degrees) inputs of each
+        # kind.
         fan_in = sum(p / (lmax + 1) * num_basis * S for p, S in zip(paths, degrees, strict=True))
         self.weights = nn.ParameterList(
             nn.Parameter(torch.randn(p, num_basis * S, channels) / math.sqrt(fan_in))
@@ -167,9 +184,9 @@ class Density(nn.Module):
         T = T.view(N, -1, self.num_basis * S0).transpose(0, 1)  # (LM, N, B S0)
         A = torch.bmm(T, self.weights[0].index_select(0, self.degree))
         first = S0
-        for coupling, S, weight in zip(
-            self.couplings, self.degrees[1:], list(self.weights)[1:], strict=True
-        ):
+        couplings = cast(Iterable[Coupling], self.couplings)
+        weights = list(self.weights)[1:]
+        for coupling, S, weight in zip(couplings, self.degrees[1:], weights, strict=True):
             width = (2 * coupling.l + 1) * S
             rows = coupling.filter_components * self.num_basis
             T = torch.bmm(edges[:, :rows], g[..., first : first + width])  # (N, lm B, m' S)
@@ -185,8 +202,12 @@ class Density(nn.Module):
 class Coupling(nn.Module):
     """Clebsch-Gordan coupling Y_l1 x g_l -> all l3 <= L of natural parity, l1 <= 2.
 
-    (N, lm, B, m', S) -> (Q, N, B S), Q components of all paths; ``path`` and ``component`` say which.
+    (N, lm, B, m', S) -> (Q, N, B S), Q components of all paths; ``path`` and ``component`` say
+    which.
     """
+
+    path: Tensor  # (Q,)
+    component: Tensor  # (Q,)
 
     def __init__(self, lmax: int, l: int) -> None:
         super().__init__()
@@ -219,7 +240,8 @@ class Coupling(nn.Module):
 class GridProduct(nn.Module):
     """Combine two functions on the sphere pointwise and project back to degree L.
 
-    ``poly``: the product, exact for a grid of degree 3 L.  ``mlp``: a pointwise network of both, approximate.
+    ``poly``: the product, exact for a grid of degree 3 L.  ``mlp``: a pointwise network of both,
+    approximate.
     """
 
     def __init__(self, lmax: int, channels: int, kind: str, degree: int) -> None:

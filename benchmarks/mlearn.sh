@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# mlearn Si, Cu, Li, Mo with one configuration, published split: train, test errors, relaxed crystal, NVE drift.
+#   MLIP_DATASETS=/path/to/datasets benchmarks/mlearn.sh [minutes per element] [elements...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=${MLIP_DATASETS:?set MLIP_DATASETS to the folder that holds mlearn/}
+minutes=${1:-45}; shift || true
+out=${MLIP_RUNS:-runs}/mlearn; mkdir -p "$out" benchmarks/results
+for element in ${@:-Si Cu Li Mo}; do
+  for part in train test; do
+    [ -f "$out/${element}_$part.h5" ] || mlip convert "$data/mlearn/${element}_$part.xyz.gz" "$out/${element}_$part.h5"
+  done
+  mlip train benchmarks/mlearn.yaml "data.train=$out/${element}_train.h5" "data.test=$out/${element}_test.h5" \
+    "run_dir=$out/$element" "schedule.max_time=${minutes}m" "schedule.max_epochs=null" resume=auto \
+    "logging.progress=false" > "benchmarks/results/mlearn_$element.log" 2>&1
+  python benchmarks/equilibrium.py "$out/$element/best.safetensors" "$element" \
+    --out "benchmarks/results/equilibrium_$element.json"
+done
