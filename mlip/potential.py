@@ -1,15 +1,17 @@
 """Potential: an energy model with reference energies becomes energy, forces and stress.
 
-    E = sum_i ( e0[Z_i] + scale * model_i ) + repulsion,      F = -dE/dr,      sigma = (1/V) dE/d eps
+    E = sum_i ( e0[Z_i] + scale * model_i ) + repulsion,     F = -dE/dr,     sigma = (1/V) dE/d eps
 
-Forces and stress are derivatives of this one energy and are made here only.  A model sees positions only through
-the edge vectors v_e = r_j - r_i + S.cell, so one gradient g_e = dE/dv_e gives everything:
+Forces and stress are derivatives of this one energy and are made here only.  A model sees positions
+only through the edge vectors v_e = r_j - r_i + S.cell, so one gradient g_e = dE/dv_e gives
+everything:
 
     dE/dr_k = sum_{e: j=k} g_e - sum_{e: i=k} g_e,      dE/d eps = sum_e (v_e g_e^T + g_e v_e^T) / 2
 
-The second is the derivative under the symmetric strain r -> r (1 + eps) of positions and cell (Knuth et al.,
-Comput. Phys. Commun. 190, 33 (2015)), in which all v_e transform alike; its sign is ASE's.
-Differences of positions, reference energies and sums over atoms and edges are float64 whatever the model's dtype.
+The second is the derivative under the symmetric strain r -> r (1 + eps) of positions and cell
+(Knuth et al., Comput. Phys. Commun. 190, 33 (2015)), in which all v_e transform alike; its sign is
+ASE's.  Differences of positions, reference energies and sums over atoms and edges are float64
+whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -29,10 +31,10 @@ class Potential(nn.Module):
     Parameters
     ----------
     model : EnergyModel
-    e0 : (119,) energy in eV of the isolated atom of each element; NaN where the element is not known
+    e0 : (119,) energy in eV of the isolated atom of each element; NaN where it is not known
     scale : float, eV; the unit of the model's energies
     repulsion : module (graph) -> (N,) energies in eV, added unscaled; for example ``ZBL``
-    metadata : what a checkpoint says of itself (level of theory, training set, errors, licence, ...)
+    metadata : what a checkpoint says of itself (level of theory, training, errors, licence, ...)
     """
 
     e0: Tensor
@@ -73,7 +75,8 @@ class Potential(nn.Module):
         return next(self.model.parameters()).dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .to(float32) is meant for the network: reference energies stay float64 and only change device.
+        # .to(float32) is meant for the network: reference energies stay float64 and only change
+        # device.
         kept = {"e0": self.e0, "scale": self.scale}
         super()._apply(fn, recurse)
         for name, value in kept.items():
@@ -86,9 +89,9 @@ class Potential(nn.Module):
         Returns
         -------
         dict
-            ``energy`` (G,) eV, ``node_energy`` (N,) eV, ``forces`` (N, 3) eV/angstrom, all float64; ``features``
-            where the model has them; ``stress`` (G, 3, 3) eV/angstrom^3 if asked for, NaN without a periodic cell.
-            In training mode they can be differentiated once more.
+            ``energy`` (G,) eV, ``node_energy`` (N,) eV, ``forces`` (N, 3) eV/angstrom, all float64;
+            ``features`` where the model has them; ``stress`` (G, 3, 3) eV/angstrom^3 if asked for,
+            NaN without a periodic cell. In training mode they can be differentiated once more.
         """
         with torch.enable_grad():
             vectors = graph.edge_vectors()  # (E, 3) float64

@@ -1,4 +1,4 @@
-"""Facet: message passing with radial weights linear in few Bessel functions, products on the sphere.
+"""Facet: messages with radial weights linear in few Bessel functions, products on the sphere.
 
 Features x_i are O(3) irreps of natural parity with equal multiplicities, x[lm, i, c], l <= L.
 One layer; g_j are few channels of x_j, U and V are linear in A:

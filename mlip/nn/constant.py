@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class Constant(nn.Module):
-    """A tensor that follows the model's device and dtype but is always cast from its float64 original.
+    """A tensor in the model's device and dtype, always cast from its float64 original.
 
-    An ordinary buffer would come back rounded from a visit to float32, and with it a symmetry exact to 1e-7 only.
-    It is not part of the state dict.
+    An ordinary buffer would come back rounded from a visit to float32, and with it a symmetry exact
+    to 1e-7 only.  It is not part of the state dict.
     """
 
     value: Tensor

@@ -1,4 +1,4 @@
-"""From a list of edges to padded neighbourhoods, so that sums over neighbours become batched matrix products."""
+"""From edges to padded neighbourhoods: sums over neighbours become batched matrix products."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 class Neighborhoods(NamedTuple):
     """Edges laid out by centre: N centres with K slots each.
 
-    Empty slots hold a vector of the cutoff's length, where the envelope and two of its derivatives vanish:
-    they add exactly nothing to any sum, and need no mask.
+    Empty slots hold a vector of the cutoff's length, where the envelope and two of its derivatives
+    vanish: they add exactly nothing to any sum, and need no mask.
     """
 
     vectors: Tensor  # (N, K, 3) centre to neighbour, angstrom
@@ -22,7 +22,7 @@ class Neighborhoods(NamedTuple):
 def gather_neighborhoods(
     vectors: Tensor, edge_index: Tensor, num_nodes: int, cutoff: float
 ) -> Neighborhoods:
-    """Lay out edges (E), sorted by centre, in K slots for each centre; K is the largest number of neighbours."""
+    """Lay out edges (E), sorted by centre, in K slots each; K is the largest neighbour count."""
     j, i = edge_index
     E = len(j)
     degree = torch.bincount(i, minlength=num_nodes)  # (N,)

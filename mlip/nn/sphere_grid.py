@@ -1,8 +1,9 @@
 """Functions on the sphere: to a quadrature grid and back.
 
-Gauss-Legendre nodes in cos(beta), uniform in alpha.  The grid integrates every function of degree up to ``degree``
-exactly, with (degree // 2 + 1) x (degree + 1) points; so the projection to degree L of a product of d functions of
-degree L is exact for ``degree >= (d + 1) L``, and then equivariance is exact too.
+Gauss-Legendre nodes in cos(beta), uniform in alpha.  The grid integrates every function of degree
+up to ``degree`` exactly, with (degree // 2 + 1) x (degree + 1) points; so the projection to degree
+L of a product of d functions of degree L is exact for ``degree >= (d + 1) L``, and then
+equivariance is exact too.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from mlip.nn.spherical import SphericalHarmonics
 
 
 class SphereGrid(nn.Module):
-    """Synthesis and analysis of functions given by their coefficients (LM, ...), component-normalised harmonics."""
+    """Synthesis and analysis of functions given by coefficients (LM, ...) of harmonics."""
 
     def __init__(self, lmax: int, degree: int) -> None:
         super().__init__()
         cosine, weight = np.polynomial.legendre.leggauss(degree // 2 + 1)
-        # Half a step off the axis: no point of the grid lies on a coordinate plane where bonds of crystals like to be.
+        # Half a step off the axis: no point of the grid lies on a coordinate plane where bonds of
+        # crystals like to be.
         alpha = (np.arange(degree + 1) + 0.5) * 2 * np.pi / (degree + 1)
         sine = np.sqrt(1 - cosine**2)[:, None]
         points = np.stack(
@@ -53,8 +55,9 @@ CHUNK_BYTES = 1 << 19  # of grid values: two such buffers stay in a core's cache
 class _Product(torch.autograd.Function):
     """Product on the grid, in chunks that stay in cache; the values on the grid are never stored.
 
-    With quadrature weights w the form T(U, V, G) = sum_p w_p u_p v_p g_p is symmetric in its three functions, so the
-    gradients of a product are products again, dU = V G and dV = U G, and can be differentiated to any order.
+    With quadrature weights w the form T(U, V, G) = sum_p w_p u_p v_p g_p is symmetric in its three
+    functions, so the gradients of a product are products again, dU = V G and dV = U G, and can be
+    differentiated to any order.
     """
 
     @staticmethod

@@ -1,7 +1,8 @@
 """Real spherical harmonics and Clebsch-Gordan coefficients in e3nn's basis.
 
-``(lm)`` runs over l = 0 ... lmax and m = -l ... l, LM = (lmax + 1)^2 components; l = 1 is (x, y, z).
-Component normalisation: sum_m Y_lm^2 = 2 l + 1, so each component has mean square one on the sphere.
+``(lm)`` runs over l = 0 ... lmax and m = -l ... l, LM = (lmax + 1)^2 components; l = 1 is
+(x, y, z).  Component normalisation: sum_m Y_lm^2 = 2 l + 1, so each component has mean square one
+on the sphere.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ def clebsch_gordan(l1: int, l2: int, l3: int) -> Tensor:
 
 
 class SphericalHarmonics(nn.Module):
-    """Y_lm of unit vectors by recursion Y_{l+1} = c_l CG(l, 1, l+1) Y_l r: few operations, differentiable to any order.
+    """Y_lm of unit vectors by the recursion Y_{l+1} = c_l CG(l, 1, l+1) Y_l r.
 
+    Few operations, differentiable to any order.
     (..., 3) unit vectors -> (..., LM).
     """
 

@@ -1,10 +1,12 @@
 """Ziegler-Biersack-Littmark screened nuclear repulsion, faded out where bonds begin.
 
-    V(r) = k Z_i Z_j / r * phi(r / a) * f(r / r_ij),   a = 0.8854 a_0 / (Z_i^0.23 + Z_j^0.23),   r_ij = R_i + R_j
+    V(r) = k Z_i Z_j / r * phi(r / a) * f(r / r_ij),
+    a    = 0.8854 a_0 / (Z_i^0.23 + Z_j^0.23),   r_ij = R_i + R_j
 
-phi is the universal screening function (J. F. Ziegler, J. P. Biersack, U. Littmark, 1985), R the covalent radius and
-f the polynomial envelope, so that V and its first two derivatives vanish at the sum of covalent radii: a trained
-model is untouched at bonding distances and cannot fall into the hole at short ones.
+phi is the universal screening function (J. F. Ziegler, J. P. Biersack, U. Littmark, 1985), R the
+covalent radius and f the polynomial envelope, so that V and its first two derivatives vanish at the
+sum of covalent radii: a trained model is untouched at bonding distances and cannot fall into the
+hole at short ones.
 """
 
 from __future__ import annotations
