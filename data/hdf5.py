@@ -17,6 +17,7 @@ file descriptor is reopened in every process that needs it.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,7 @@ from mlip.data.hdf5_layout import (
 )
 
 COPY_BYTES = 1 << 24
+_TARGETS = {"<f4": np.float64}  # what a stored type becomes in memory
 
 
 @dataclass(frozen=True)
@@ -306,6 +308,19 @@ class HDF5File:
         self._offsets = layout.offsets
         self._dtypes = layout.dtypes
         self._identity = layout.identity
+        self._plan = [
+            (
+                name,
+                COLUMNS[name].per_atom,
+                layout.offsets[name],
+                dtype.itemsize * math.prod(shape),
+                shape,
+                dtype,
+                bool if name == "pbc" and dtype.kind != "b" else _TARGETS.get(dtype.str),
+            )
+            for name, (dtype, shape) in layout.dtypes.items()
+            if name in COLUMNS
+        ]
         self.num_structures = layout.num_structures
         self.num_atoms = layout.num_atoms
         self._check_ptr()
@@ -346,17 +361,19 @@ class HDF5File:
         a, b = int(ptr[0]), int(ptr[-1])
         if not 0 <= a < b <= self.num_atoms:
             raise OSError(f"{self.path}: changed while in use; open it again")
-        values: dict[str, np.ndarray] = {}
-        for name in self._offsets:
-            column = COLUMNS.get(name)
-            if column is not None:
-                values[name] = (
-                    self._rows(name, a, b) if column.per_atom else self._rows(name, start, stop)
-                )
-        for name in values:
-            if values[name].dtype == np.float32:
-                values[name] = values[name].astype(np.float64)
-        return Structures(ptr=ptr - a, **{**values, "pbc": values["pbc"].astype(bool)})
+        values: dict[str, np.ndarray] = {"ptr": ptr - a}
+        descriptor = self._open()
+        # Written out rather than by _rows: with some eight columns, calls are what a read costs.
+        for name, per_atom, offset, width, shape, dtype, target in self._plan:
+            first, last = (a, b) if per_atom else (start, stop)
+            rows = np.empty((last - first, *shape), dtype)
+            size = (last - first) * width
+            if os.preadv(descriptor, [rows.data], offset + first * width) != size:
+                rows = self._rows(
+                    name, first, last
+                )  # more than the kernel gives at once, or cut short
+            values[name] = rows if target is None else rows.astype(target)
+        return Structures(**values)
 
     def column(self, name: str) -> np.ndarray | None:
         """One whole column, or None if the file has none; text columns as an array of str."""
