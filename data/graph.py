@@ -113,7 +113,7 @@ class AtomicGraph(Data):
         """Batch of structures; the given graphs stay as they are.
 
         All fields are joined along their first dimension, except that atom indices are shifted.
-        (PyG's ``Batch`` does the same and ten times slower, because it asks every graph anew how
+        (PyG's ``Batch`` does the same and more slowly, because it asks every graph anew how
         each field is joined.)
         """
         if not graphs:
