@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,7 @@ FOREIGN = (
     "fullgraph", "head", "modal", "model_type", "task_name",
 )  # fmt: skip
 ATOMS_INFO = {"charge": ("charge", "total_charge"), "spin": ("spin", "total_spin")}
+IMPORTED_BY = os.getpid()
 NEUTRAL = {"charge": 0.0, "spin": 1.0}  # spin is the multiplicity
 
 
@@ -290,8 +293,7 @@ class EqCalculator(Calculator):
     ) -> list[tuple[dict[str, torch.Tensor], Potential]]:
         """Outputs of all members for a checked structure, with the members."""
         check_structure(atoms, self._known)
-        # Inference mode and autocast of the caller would leave no gradients, or coarse ones.
-        with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
+        with _shielded(self.device):
             graphs = {cutoff: self._graph(atoms, cutoff) for cutoff in self._caches}
             return [(p(graphs[p.cutoff], stress=stress), p) for p in self.potentials]
 
@@ -326,7 +328,7 @@ class EqCalculator(Calculator):
 
     def _twice_differentiable(self, atoms: Atoms) -> bool:
         """Whether forces are derivatives of the energy that can be differentiated again."""
-        with torch.inference_mode(False), torch.enable_grad():
+        with _shielded(self.device), torch.enable_grad():
             for forces, positions in self._differentiable_forces(atoms):
                 if not forces.requires_grad:
                     return False
@@ -339,7 +341,7 @@ class EqCalculator(Calculator):
     def _differentiable_forces(self, atoms: Atoms) -> list[tuple[torch.Tensor, torch.Tensor]]:
         check_structure(atoms, self._known)
         pairs = []
-        with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
+        with _shielded(self.device):
             for potential in self.potentials:
                 # In training mode a potential keeps the graph of its forces; its parts stay in
                 # evaluation mode.
@@ -353,7 +355,7 @@ class EqCalculator(Calculator):
     def _hessian_by_autograd(self, atoms: Atoms) -> np.ndarray:
         n = 3 * len(atoms)
         hessians = []
-        with torch.inference_mode(False), torch.enable_grad():
+        with _shielded(self.device), torch.enable_grad():
             for forces, positions in self._differentiable_forces(atoms):
                 rows = positions.new_zeros(n, n)
                 if forces.requires_grad:  # not so without any neighbours
@@ -390,6 +392,23 @@ class EqCalculator(Calculator):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
+
+
+@contextmanager
+def _shielded(device: torch.device) -> Iterator[None]:
+    """Evaluate as if the caller had set nothing: his modes would leave no gradients, or coarse
+    ones."""
+    threads = torch.get_num_threads()
+    # The threads of OpenMP do not survive a fork: a child that waited for them would wait for ever.
+    orphan = threads > 1 and os.getpid() != IMPORTED_BY
+    if orphan:
+        torch.set_num_threads(1)
+    try:
+        with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if orphan:
+            torch.set_num_threads(threads)
 
 
 def graph_inputs(potential: Potential) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -494,103 +496,6 @@ def test_float32_is_close(potential) -> None:
     assert single.get_forces(atoms).dtype == np.float64
 
 
-def test_hessian(potential) -> None:
-    atoms = silicon()[:5]
-    calc = EqCalculator(potential)
-    H = calc.get_hessian(atoms)
-    assert H.shape == (15, 5, 3)
-    np.testing.assert_allclose(calc.get_hessian(atoms, method="finite"), H, atol=1e-4)
-    matrix = H.reshape(15, 15)
-    np.testing.assert_array_equal(matrix, matrix.T)
-    np.testing.assert_allclose(H.sum(axis=1), 0, atol=1e-9)  # no force under translation
-    assert (EqCalculator(potential).get_hessian(Atoms("Si")) == 0).all()
-
-
-class Direct(torch.nn.Module):
-    """Predicts forces of its own."""
-
-    receptive_field = 5.0
-
-    def __init__(self, inner: torch.nn.Module) -> None:
-        super().__init__()
-        self.inner, self.config = inner, inner.config
-
-    def forward(self, graph):
-        with torch.no_grad():
-            _, i = graph.edge_index
-            pull = graph.vectors / (1 + graph.vectors.square().sum(-1, keepdim=True)) ** 3
-            forces = graph.vectors.new_zeros(len(graph.positions), 3).index_add(0, i, pull)
-        return self.inner(graph)._replace(forces=forces)
-
-
-def test_hessian_of_direct_forces_by_differences(toy) -> None:
-    calc = EqCalculator(Potential(Direct(toy.model), toy.e0).double())
-    atoms = silicon()[:3]
-    H = calc.get_hessian(atoms)
-    assert np.isfinite(H).all() and abs(H).max() > 0.01
-    np.testing.assert_array_equal(H, calc.get_hessian(atoms, method="finite"))
-
-
-def test_descriptors_are_invariant(potential) -> None:
-    calc, atoms = EqCalculator(potential), silicon()
-    before = calc.get_descriptors(atoms)
-    atoms.rotate(33, (1, 2, 3), rotate_cell=True)
-    atoms.translate((1, 2, 3))
-    assert before.shape[0] == 8
-    np.testing.assert_allclose(calc.get_descriptors(atoms), before, atol=1e-10)
-    order = np.random.default_rng(0).permutation(8)
-    np.testing.assert_allclose(calc.get_descriptors(atoms[order]), before[order], atol=1e-10)
-
-
-def committee(potential: Potential) -> list[Potential]:
-    members = []
-    for k in range(3):
-        member = copy.deepcopy(potential)
-        with torch.no_grad():
-            for parameter in member.parameters():
-                parameter.mul_(1 + 0.02 * k)
-        members.append(member)
-    return members
-
-
-def test_committee(potential) -> None:
-    members, atoms = committee(potential), silicon()
-    calc = EqCalculator(members)
-    single = [EqCalculator(member) for member in members]
-    for name in ("energy", "forces", "stress"):
-        stack = np.array([one.get_property(name, atoms) for one in single])
-        np.testing.assert_allclose(calc.get_property(name, atoms), stack.mean(0), atol=1e-12)
-        np.testing.assert_allclose(
-            calc.get_property(f"{name}_var", atoms), stack.var(0), atol=1e-12
-        )
-        np.testing.assert_array_equal(calc.get_property(f"{name}_comm", atoms), stack)
-        assert {name, f"{name}_var", f"{name}_comm"} <= set(calc.implemented_properties)
-    assert type(calc.get_potential_energy(atoms)) is float
-    assert calc.results["energy_var"] > 0
-    hessians = [one.get_hessian(atoms[:2]) for one in single]
-    np.testing.assert_allclose(calc.get_hessian(atoms[:2]), np.mean(hessians, 0), atol=1e-12)
-    assert len(calc.get_descriptors(atoms)) == 3
-    with pytest.raises(PropertyNotImplementedError, match="stress_var"):
-        calc.get_property("stress_var", molecule("H2O"))
-
-
-def test_units_of_the_model(potential) -> None:
-    atoms = silicon()
-    plain = EqCalculator(potential)
-    scaled = atoms.copy()
-    scaled.set_cell(atoms.cell[:] * 0.5, scale_atoms=True)
-    other = EqCalculator(potential, energy_units_to_eV=27.2, length_units_to_A=0.5)
-    np.testing.assert_allclose(
-        other.get_potential_energy(scaled), 27.2 * plain.get_potential_energy(atoms), rtol=1e-12
-    )
-    np.testing.assert_allclose(
-        other.get_forces(scaled), 27.2 / 0.5 * plain.get_forces(atoms), atol=1e-10
-    )
-    np.testing.assert_allclose(
-        other.get_stress(scaled), 27.2 / 0.125 * plain.get_stress(atoms), atol=1e-10
-    )
-
-
 def test_exported_properties_and_single_points(potential) -> None:
     atoms = silicon()
     atoms.calc = EqCalculator(potential)
@@ -637,3 +542,46 @@ def test_stored_models(potential, tmp_path) -> None:
     two = EqCalculator(model_paths=str(tmp_path / "*.safetensors"), default_dtype="")
     assert len(two.potentials) == 2
     assert two.get_property("energy_comm", atoms)[0] == one.get_potential_energy(atoms)
+
+
+SCRIPT = """
+import multiprocessing, socket, sys
+
+def refuse(*arguments):
+    raise RuntimeError("a socket was used")
+
+for name in ("connect", "bind", "sendto"):
+    setattr(socket.socket, name, refuse)
+import torch
+from ase.build import bulk
+from mlip.calculators import EqCalculator
+from mlip.models import build
+from mlip.potential import Potential
+
+torch.set_num_threads(2)
+model = build("facet", cutoff=4.0, channels=64, num_layers=1, lmax=2)
+calc = EqCalculator(Potential(model, torch.zeros(119)))
+atoms = bulk("Si", cubic=True) * 2
+energy = calc.get_potential_energy(atoms)  # threads have started
+
+def work():
+    atoms.positions += 1e-7
+    same = abs(calc.get_potential_energy(atoms) - energy) < 1e-3
+    sys.exit(0 if same and torch.get_num_threads() == 2 else 3)
+
+child = multiprocessing.get_context("fork").Process(target=work)
+child.start()
+child.join(60)
+if child.is_alive():
+    child.kill()
+    sys.exit("the child hangs")
+sys.exit(child.exitcode)
+"""
+
+
+def test_a_fork_after_threads_have_run_and_no_network() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
