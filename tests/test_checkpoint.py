@@ -297,10 +297,10 @@ LIES: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]] = {
 @pytest.mark.parametrize("lie", LIES)
 def test_a_liar_gets_an_error_and_little_memory(file: Path, lie: str) -> None:
     forge(file, LIES[lie])
-    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CheckpointError, match=r"model\.safetensors: .") as caught:
         load(file)
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 3
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kB
     assert len(str(caught.value)) < 3000 + len(str(file))
 

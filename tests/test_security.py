@@ -118,10 +118,10 @@ def test_hostile_yaml_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     target, path = tmp_path / "target", tmp_path / "config.yaml"
     text = HOSTILE[kind].format(target=target)
     path.write_bytes(text.encode(errors="surrogateescape"))
-    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ConfigError, match=r"config\.yaml: .") as caught:
         read_yaml(path)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
     assert len(str(caught.value)) < 2000
     assert not target.exists()
