@@ -58,7 +58,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(G: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz iteration: singular values of each matrix (..., m, n) in ``G`` become about 1."""
+    """Newton-Schulz iteration: singular values of each matrix in ``G`` (..., m, n) go to 1."""
     a, b, c = NS_COEFFICIENTS
     X = G.mT if G.shape[-2] > G.shape[-1] else G
     # A gradient of zero stays zero: the floor only keeps 0 / 0 away.

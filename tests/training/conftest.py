@@ -79,7 +79,8 @@ def configure(copper: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
         }
         for key, value in sections.items():
             old = content.get(key)
-            content[key] = {**old, **value} if isinstance(old, dict) else value
+            merge = isinstance(old, dict) and key != "model"
+            content[key] = {**old, **value} if merge else value
         return parse_training(content)
 
     return make

@@ -59,9 +59,10 @@ def test_it_fits_four_frames(configure: Configure, tmp_path: Path) -> None:
     data = write_copper(tmp_path / "four.h5", 4, seed=3)
     config = configure(
         data={"train": str(data), "valid": str(data), "batch_size": 4},
-        model={**SMALL, "channels": 16, "lmax": 2, "hidden": 16, "num_basis": 8},
+        model={"size": "small", "cutoff": 3.6},
         schedule={"max_epochs": 300, "valid_every": 300},
-        optimizer={"lr": 0.01},
+        optimizer={"lr": 0.002},
+        precision={"dtype": "float32"},
     )
     errors = evaluate_file(checkpoint.load(train(config)), data).total
     assert errors["forces"]["mae"] < 0.005
