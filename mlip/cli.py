@@ -59,7 +59,10 @@ def info(
 @app.command()
 def convert(
     paths: Annotated[
-        list[str], typer.Argument(metavar="INPUT... OUT", help="Files or patterns; the last one is the output.")
+        list[str],
+        typer.Argument(
+            metavar="INPUT... OUT", help="Files or patterns; the last one is the output."
+        ),
     ],
     energy_key: Annotated[str | None, typer.Option(help="Key of the energy.")] = None,
     forces_key: Annotated[str | None, typer.Option(help="Key of the forces.")] = None,
