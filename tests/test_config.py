@@ -102,10 +102,10 @@ def test_overrides_leave_the_content_alone() -> None:
 )
 def test_hostile_yaml_is_refused_at_once(text: str, reason: str, tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", text)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ConfigError, match=reason) as error:
         read_yaml(path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert "c.yaml" in str(error.value)
 
 
