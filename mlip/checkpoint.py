@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 import mlip
 from mlip.modelcard import describe
 from mlip.models import MODELS, build, name_of
+from mlip.nn.cohesion import Cohesion
 from mlip.nn.zbl import ZBL
 from mlip.potential import Potential
 from mlip.tensorfile import CheckpointError, RawTensor, digest, read_raw, write_bytes
@@ -156,6 +157,8 @@ def save(potential: Potential, path: str | Path, **extra: Any) -> None:
         raise ValueError(
             f"{path}: a {type(potential.repulsion).__name__} cannot be saved, only ZBL repulsion"
         )
+    if potential.cohesion is not None and type(potential.cohesion) is not Cohesion:
+        raise ValueError(f"{path}: a {type(potential.cohesion).__name__} cannot be saved")
     write_tensors(path, potential.state_dict(), metadata)
 
 
@@ -213,12 +216,13 @@ def _rebuilt(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Potential:
     ):
         model = build(name, **hyperparameters)
     repulsion = ZBL() if metadata["repulsion"] == "zbl" else None
+    cohesion = Cohesion(tensors["cohesion.energies"]) if "cohesion.energies" in tensors else None
     e0, scale = tensors["e0"], tensors["scale"]
     if e0.dtype != torch.float64 or scale.dtype != torch.float64 or scale.dim() != 0:
         raise ValueError("e0 and scale have to be float64, scale a single number")
     if not math.isfinite(scale) or bool(e0.isinf().any()):
         raise ValueError("e0 or scale is not finite")
-    potential = Potential(model, e0, float(scale), repulsion, metadata).to(
+    potential = Potential(model, e0, float(scale), repulsion, cohesion, metadata).to(
         getattr(torch, metadata["dtype"])
     )
     _check_fit(potential.state_dict(), tensors)

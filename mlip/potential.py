@@ -1,6 +1,7 @@
 """Potential: an energy model with reference energies becomes energy, forces and stress.
 
-    E = sum_i ( e0[Z_i] + scale * model_i ) + repulsion,     F = -dE/dr,     sigma = (1/V) dE/d eps
+    E = sum_i ( e0[Z_i] + scale model_i + cohesion_i + repulsion_i )
+    F = -dE/dr,    sigma = (1/V) dE/d eps
 
 Forces and stress are derivatives of this one energy and are made here only.  A model sees positions
 only through the edge vectors v_e = r_j - r_i + S.cell, so one gradient g_e = dE/dv_e gives
@@ -34,6 +35,7 @@ class Potential(nn.Module):
     e0 : (119,) energy in eV of the isolated atom of each element; NaN where it is not known
     scale : float, eV; the unit of the model's energies
     repulsion : module (graph) -> (N,) energies in eV, added unscaled; for example ``ZBL``
+    cohesion : the same for the mean energy of cohesion; for example ``Cohesion``
     metadata : what a checkpoint says of itself (level of theory, training, errors, licence, ...)
     """
 
@@ -46,6 +48,7 @@ class Potential(nn.Module):
         e0: Tensor,
         scale: float = 1.0,
         repulsion: nn.Module | None = None,
+        cohesion: nn.Module | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -55,6 +58,7 @@ class Potential(nn.Module):
             )
         self.model: Any = model
         self.repulsion = repulsion
+        self.cohesion = cohesion
         self.register_buffer("e0", e0.to(torch.float64))
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
         self.metadata = dict(metadata or {})
@@ -99,8 +103,9 @@ class Potential(nn.Module):
                 vectors.requires_grad_()
             node = self.model(graph.replace(vectors=vectors.to(self.dtype)))
             node_energy = self.e0[graph.atomic_numbers] + self.scale * node.energy.double()
-            if self.repulsion is not None:
-                node_energy = node_energy + self.repulsion(graph.replace(vectors=vectors))
+            for prior in (self.cohesion, self.repulsion):
+                if prior is not None:
+                    node_energy = node_energy + prior(graph.replace(vectors=vectors))
             energy = vectors.new_zeros(graph.num_structures).index_add(0, graph.batch, node_energy)
             out = {"energy": energy, "node_energy": node_energy}
             if node.features is not None:

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from mlip import checkpoint
 from mlip.data.dataset import HDF5Dataset, split, split_by_file
@@ -29,6 +31,7 @@ from mlip.data.transforms import RandomRotation
 from mlip.evaluation.evaluate import Pairs, evaluate
 from mlip.evaluation.metrics import UNITS, Errors, table
 from mlip.models import build
+from mlip.nn.cohesion import Cohesion
 from mlip.nn.zbl import ZBL
 from mlip.potential import Potential
 from mlip.training import distributed
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TRAIN_SAMPLE = 2000  # training structures in the final table; evenly chosen from larger sets
+COHESION_FRAMES = 500  # structures in the fit of the energies of cohesion
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
@@ -188,13 +192,35 @@ def make_potential(config: TrainConfig, data: RunData) -> tuple[TrainConfig, Pot
     metadata["training"] = {k: v for k, v in metadata["training"].items() if v is not None}
     repulsion = ZBL() if config.model.repulsion == "zbl" else None
     model = build(config.model.name, **own)
-    potential = Potential(
-        model, s.e0, scale, repulsion, {k: v for k, v in metadata.items() if v is not None}
-    )
+    cohesion = None if "least squares" in s.e0_source else fit_cohesion(data.train, s.e0)
+    metadata = {k: v for k, v in metadata.items() if v is not None}
+    potential = Potential(model, s.e0, scale, repulsion, cohesion, metadata)
     potential.to(torch.float64 if config.precision.dtype == "float64" else torch.float32)
     number = sum(p.numel() for p in potential.parameters())
     logger.info("%s: %d parameters, energies in units of %.4g eV", config.model.name, number, scale)
     return config, potential
+
+
+def fit_cohesion(train: HDF5Dataset, e0: Tensor) -> Cohesion | None:
+    """Mean energies of cohesion by least squares, where reference energies are those of atoms.
+
+    Solves E_k - sum_i e0 = sum_i s_i D[Z_i] per atom over a sample of the training set; None
+    without energies.
+    """
+    cohesion = Cohesion(torch.zeros(119))
+    rows, targets = [], []
+    for graph in train.subset(range(0, len(train), -(-len(train) // COHESION_FRAMES))):
+        graph = graph.replace(vectors=graph.edge_vectors())
+        energy = graph.energy - e0[graph.atomic_numbers].sum()
+        if energy.isfinite():
+            saturation = cohesion.saturation(graph)
+            row = energy.new_zeros(119).index_add(0, graph.atomic_numbers, saturation)
+            rows.append(row / len(saturation))
+            targets.append(energy / len(saturation))
+    if not rows:
+        return None
+    solution = np.linalg.lstsq(torch.stack(rows).numpy(), torch.cat(targets).numpy(), rcond=1e-8)
+    return Cohesion(torch.from_numpy(solution[0]))
 
 
 def report(config: TrainConfig, data: RunData, device: torch.device) -> dict[str, Errors]:

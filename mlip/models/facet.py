@@ -121,6 +121,7 @@ class Layer(nn.Module):
         self.mlp = InvariantMLP((2 + 3 * (L + 1)) * C, c.hidden, C, C)
         self.readout = nn.Linear(C, 1, bias=False)
         nn.init.zeros_(self.species_gate.weight)
+        nn.init.zeros_(self.readout.weight)  # training starts from the reference energies
 
     def forward(
         self,
