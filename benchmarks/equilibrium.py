@@ -1,4 +1,4 @@
-"""Relax an element's ground-state crystal and fit its equation of state; compare with the all-electron PBE values.
+"""Relax an element's crystal, fit its equation of state, compare with all-electron PBE values.
 
 MLIP_DATASETS=... python benchmarks/equilibrium.py MODEL ELEMENT --out FILE.json
 """

@@ -1,4 +1,4 @@
-"""Energy drift of 10 ps NVE at a potential's own temperature: ``python nve.py MODEL STRUCTURE --dtype float64 --out F``.
+"""Energy drift of 10 ps NVE: ``python nve.py MODEL STRUCTURE --dtype float64 --out F``.
 
 The drift is the slope of a straight line through the total energy, meV/atom/ps, after 0.5 ps.
 """

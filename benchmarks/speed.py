@@ -1,10 +1,11 @@
-"""Energy, forces and stress through the ASE calculator: Facet beside mace-torch small, interleaved in one run.
+"""Energy, forces and stress through the calculator: Facet beside mace-torch small, in one run.
 
-    MACE=/path/to/mace/venv python benchmarks/speed.py --model runs/3bpa/facet/best.safetensors --threads 2
+    MACE=/path/to/mace/venv python benchmarks/speed.py --model best.safetensors --threads 2
 
-Each package runs in a process of its own; rounds alternate between them, positions change at every step, the medians
-and minima of all rounds are written.  The models have random weights unless ``--model`` is given: the time does
-not depend on their values.  ``--allocator default`` leaves glibc's settings alone for both.
+Each package runs in a process of its own; rounds alternate between them, positions change at every
+step, the medians and minima of all rounds are written.  The models have random weights unless
+``--model`` is given: the time does not depend on their values.  ``--allocator default`` leaves
+glibc's settings alone for both.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The contract of every model (docs/architecture.md, section 6), over MODELS and their variants, in float64.
+"""The contract of every model over MODELS and their variants, in float64.
 
-A model enters by its line in ``MODELS``; what differs between models is only whether rotations are exact.
+A model enters by its line in ``MODELS``; what differs between models is only whether rotations are
+exact.
 """
 
 from __future__ import annotations
@@ -220,7 +221,7 @@ def test_isolated_atom_has_its_reference_energy(potential: Potential) -> None:
 
 
 def test_smooth_through_the_cutoff(potential: Potential) -> None:
-    """Energy, force and its slope on a dimer, and on an atom that enters a molecule's neighbourhood."""
+    """Energy, force and its slope on a dimer, and on an atom that nears a molecule."""
     for start in (Atoms("CO", positions=np.zeros((2, 3))), molecule("H2O") + Atoms("C")):
         x = CUTOFF + np.arange(-20, 21) * 1e-4
         energy, force = [], []
@@ -275,7 +276,7 @@ def test_net_torque_is_zero(potential: Potential, variant: str) -> None:
 
 @pytest.mark.parametrize("structure", [*STRUCTURES, "perfect"])
 def test_double_backward_is_finite(potential: Potential, structure: str) -> None:
-    """Also at perfectly symmetric sites, where square roots and normalisations like to divide by zero."""
+    """Also at perfectly symmetric sites, where square roots like to divide by zero."""
     atoms = bulk("Cu", cubic=True) if structure == "perfect" else STRUCTURES[structure]()
     out = potential.train()(graph(atoms), stress=True)
     loss = out["forces"].square().sum() + out["energy"].square().sum()
@@ -287,7 +288,7 @@ def test_double_backward_is_finite(potential: Potential, structure: str) -> None
 
 
 def test_parameter_gradient_of_the_force_loss(potential: Potential) -> None:
-    """Double backward against finite differences of the loss along a random direction of all parameters."""
+    """Double backward against finite differences of the loss along a random direction."""
     g = graph(STRUCTURES["molecule"]())
     parameters = list(potential.train().parameters())
     torch.manual_seed(1)
@@ -318,7 +319,7 @@ def test_float32_agrees(potential: Potential) -> None:
 
 
 def test_visiting_float32_loses_no_constant(variant: str) -> None:
-    """float64 -> float32 -> float64 rounds weights, nothing else: the symmetry stays exact to float64."""
+    """float64 -> float32 -> float64 rounds weights, nothing else: the symmetry stays exact."""
     potential = make(variant).float().double()
     if variant in LEARNED_ROTATIONS:
         pytest.skip("rotations are not exact")
@@ -333,7 +334,7 @@ def test_nothing_given_is_changed(potential: Potential) -> None:
     before = copy.deepcopy(g)
     potential(g, stress=True)
     assert set(g.keys()) == set(before.keys())
-    for key in before.keys():  # noqa: SIM118 (a PyG graph iterates otherwise)
+    for key in before.keys():
         value = g[key]
         assert torch.equal(value, before[key]) if torch.is_tensor(value) else value == before[key]
     assert not g.positions.requires_grad

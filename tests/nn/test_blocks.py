@@ -1,4 +1,4 @@
-"""Laws of the leaf blocks: harmonics, quadrature, radial functions, neighbourhoods, nuclear repulsion."""
+"""Laws of the leaf blocks: harmonics, quadrature, radial functions, neighbourhoods, repulsion."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def test_product_is_the_gaunt_product(lmax: int) -> None:
                     continue
                 A, B, C = (slice(l * l, (l + 1) ** 2) for l in (a, b, c))
                 cg = clebsch_gordan(a, b, c)
-                # At the pole the product of Y_a and Y_b has the component along Y_c that fixes the path's weight.
+                # At the pole the product of Y_a and Y_b has the component along Y_c that fixes the
+                # path's weight.
                 coupled = torch.einsum("i,j,ijk->k", pole[A], pole[B], cg) @ pole[C]
                 expected[C] += coupled * torch.einsum("ijk,inc,jnc->knc", cg, U[A], V[B])
     product = SphereGrid(lmax, 3 * lmax).double().product(U, V)
@@ -116,7 +117,7 @@ def test_neighborhoods_hold_every_edge_once() -> None:
 
 
 def test_nuclear_repulsion() -> None:
-    """The published value of two carbon atoms at 0.5 angstrom within the fade, and nothing beyond the bond."""
+    """The published value of two carbon atoms at 0.5 angstrom, and nothing beyond the bond."""
     zbl = ZBL()
 
     def energy(r: float) -> float:
