@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,9 +51,24 @@ class Toy(torch.nn.Module):
         return NodeOutput(pair - 0.3 * torch.tanh(density), torch.stack([pair, density], dim=-1))
 
 
-def random_facet() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return build("facet", cutoff=4.0, channels=8, num_layers=2, lmax=2, num_basis=6, hidden=16)
+def random_facet(seed: int = 0, num_layers: int = 2, lmax: int = 2) -> torch.nn.Module:
+    """A small Facet in which no weight is zero, as training starts with; a model of zeros obeys any
+    law."""
+    torch.manual_seed(seed)
+    model = build(
+        "facet", cutoff=4.0, channels=8, num_layers=num_layers, lmax=lmax, num_basis=6, hidden=16
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.fixture(name="random_facet")
+def random_facet_fixture() -> Callable[..., torch.nn.Module]:
+    """Function that builds small random Facets."""
+    return random_facet
 
 
 def toy() -> Potential:

@@ -381,3 +381,10 @@ def test_c01_cost_follows_the_atoms_not_the_box(potential) -> None:
 
     near = seconds(50.0)
     assert seconds(3000.0) < 5 * near + 0.05
+
+
+def test_the_laws_are_put_to_models_that_do_something(potential) -> None:
+    calc = EqCalculator(potential)
+    for atoms in (triclinic(), cluster(), copper()):
+        assert np.abs(calc.get_forces(atoms)).max() > 0.01
+        assert np.ptp(calc.get_property("node_energy", atoms)) > 1e-4

@@ -10,20 +10,16 @@ from typer.testing import CliRunner
 
 from mlip.checkpoint import save
 from mlip.cli import app
-from mlip.models import build
 from mlip.potential import Potential
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch) -> None:
+def files(random_facet, tmp_path, monkeypatch) -> None:
     """A folder with a model and structures, in which the command runs."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
     e0 = torch.full((119,), torch.nan)
     e0[14] = -1.0
-    save(
-        Potential(build("facet", cutoff=4.0, channels=8, num_layers=1, lmax=1), e0), "m.safetensors"
-    )
+    save(Potential(random_facet(num_layers=1, lmax=1), e0), "m.safetensors")
     write("si.xyz", bulk("Si", cubic=True))
     write("cu.cif", bulk("Cu"))
 
