@@ -222,6 +222,8 @@ def _rebuilt(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Potential:
         raise ValueError("e0 and scale have to be float64, scale a single number")
     if not math.isfinite(scale) or bool(e0.isinf().any()):
         raise ValueError("e0 or scale is not finite")
+    if cohesion is not None and not bool(cohesion.energies[~e0.isnan()].isfinite().all()):
+        raise ValueError("the energy of cohesion of a known element is not finite")
     potential = Potential(model, e0, float(scale), repulsion, cohesion, metadata).to(
         getattr(torch, metadata["dtype"])
     )

@@ -32,6 +32,7 @@ from mlip.checkpoint import (
 )
 from mlip.data.graph import AtomicGraph
 from mlip.models import MODELS, build
+from mlip.nn.cohesion import Cohesion
 from mlip.nn.zbl import ZBL
 from mlip.potential import Potential
 from mlip.tensorfile import write_bytes
@@ -74,11 +75,12 @@ def forge(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("repulsion", [False, True])
-def test_what_is_loaded_is_what_was_saved(
-    tmp_path: Path, dtype: torch.dtype, repulsion: bool
-) -> None:
-    potential = tiny(dtype=dtype, repulsion=ZBL() if repulsion else None)
+@pytest.mark.parametrize("priors", [False, True])
+def test_what_is_loaded_is_what_was_saved(tmp_path: Path, dtype: torch.dtype, priors: bool) -> None:
+    potential = tiny(dtype=dtype)
+    if priors:
+        energies = torch.linspace(-3, -1, 119, dtype=torch.float64)
+        potential = tiny(dtype=dtype, repulsion=ZBL(), cohesion=Cohesion(energies))
     path = tmp_path / "a.safetensors"
     save(potential, path, level_of_theory="PBE")
     loaded = load(path)
@@ -273,6 +275,10 @@ LIES: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]] = {
     "training state": lambda m, t: m.update(kind="training state"),
     "metadata is a list": lambda m, t: [m],
     "no e0": lambda m, t: t.pop("e0"),
+    "nan cohesion": lambda m, t: t.update(
+        {"cohesion.energies": torch.full((119,), torch.nan, dtype=torch.float64)}
+    ),
+    "short cohesion": lambda m, t: t.update({"cohesion.energies": torch.zeros(3)}),
     "short e0": lambda m, t: t.update(e0=torch.zeros(3, dtype=torch.float64)),
     "infinite e0": lambda m, t: t["e0"].fill_(torch.inf),
     "single precision e0": lambda m, t: t.update(e0=t["e0"].float()),
@@ -399,6 +405,7 @@ def test_what_cannot_be_saved_is_refused_and_the_old_file_kept(file: Path) -> No
     for call, words in (
         (lambda: save(Potential(Stranger(), torch.zeros(119)), file), "Stranger is not in MODELS"),
         (lambda: save(tiny(repulsion=torch.nn.Identity()), file), "Identity cannot be saved"),
+        (lambda: save(tiny(cohesion=torch.nn.Identity()), file), "Identity cannot be saved"),
         (lambda: save(tiny(), file, training=object()), "object is not JSON"),
     ):
         with pytest.raises(ValueError, match=words):

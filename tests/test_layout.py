@@ -27,6 +27,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "mlip.config": (set(), {"pydantic", "yaml"}),
     "mlip.nn": ({"mlip.nn"}, {"e3nn"}),
     "mlip.nn.zbl": ({"mlip.nn"}, {"ase.data", "ase.units"}),
+    "mlip.nn.cohesion": ({"mlip.nn"}, {"ase.data"}),
     "mlip.data": (
         {"mlip.data", "mlip.config"},
         {"ase", "h5py", "matscipy", "torch_geometric", "rich", "scipy"},
@@ -41,7 +42,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "mlip.tensorfile": (set(), {"safetensors"}),
     "mlip.modelcard": ({"mlip.pretrained", "mlip.tensorfile"}, set()),
     "mlip.checkpoint": (
-        {"mlip.models", "mlip.wrappers", "mlip.potential", "mlip.nn.zbl", "mlip.config"}
+        {"mlip.models", "mlip.wrappers", "mlip.potential", "mlip.nn", "mlip.config"}
         | {"mlip.modelcard", "mlip.pretrained", "mlip.tensorfile"},
         {"safetensors", "ase.data", "e3nn"},
     ),

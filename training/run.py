@@ -209,7 +209,8 @@ def fit_cohesion(train: HDF5Dataset, e0: Tensor) -> Cohesion | None:
     """
     cohesion = Cohesion(torch.zeros(119))
     rows, targets = [], []
-    for graph in train.subset(range(0, len(train), -(-len(train) // COHESION_FRAMES))):
+    for k in range(0, len(train), -(-len(train) // COHESION_FRAMES)):
+        graph = train[k]
         graph = graph.replace(vectors=graph.edge_vectors())
         energy = graph.energy - e0[graph.atomic_numbers].sum()
         if energy.isfinite():

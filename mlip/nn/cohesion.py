@@ -2,9 +2,9 @@
 
     E_i = D[Z_i] (1 - exp(-c_i)),      c_i = 3 sum_j f( r_ij / 2 (R_i + R_j) )
 
-R is the covalent radius and f the polynomial envelope.  Relative to isolated atoms a structure lies electronvolts per
-atom lower; with D fitted to the training set a model has only the differences to learn, and an atom without
-neighbours still has exactly the energy of the isolated atom.
+R is the covalent radius and f the polynomial envelope.  Relative to isolated atoms a structure lies
+electronvolts per atom lower; with D fitted to the training set a model has only the differences to
+learn, and an atom without neighbours still has exactly the energy of the isolated atom.
 """
 
 from __future__ import annotations
