@@ -21,9 +21,27 @@ from mlip.config import Config, ConfigError, apply_overrides, parse, read_yaml
 # Presets of size; keys given in the file come before them.
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "facet": {
-        "small": {"channels": 32, "num_layers": 2, "lmax": 2, "hidden": 32},
-        "medium": {"channels": 64, "num_layers": 2, "lmax": 3, "hidden": 64},
-        "large": {"channels": 128, "num_layers": 3, "lmax": 3, "hidden": 128},
+        "small": {
+            "channels": 32,
+            "num_layers": 2,
+            "lmax": 2,
+            "hidden": 32,
+            "message_channels": [12, 6],
+        },
+        "medium": {
+            "channels": 64,
+            "num_layers": 2,
+            "lmax": 3,
+            "hidden": 64,
+            "message_channels": [16, 8, 4],
+        },
+        "large": {
+            "channels": 128,
+            "num_layers": 3,
+            "lmax": 3,
+            "hidden": 128,
+            "message_channels": [32, 16, 8],
+        },
     },
 }
 
@@ -171,10 +189,10 @@ class LossConfig(Config):
     kind: Literal["mse", "mae", "huber"] = Field("huber", description="of each residual")
     delta: float = Field(0.01, gt=0, description="huber: quadratic below, linear above")
     l2: bool = Field(False, description="forces: norm of each atom's error vector, not components")
-    energy: float = Field(1.0, ge=0, description="weight of the energy per atom")
+    energy: float = Field(10.0, ge=0, description="weight of the energy per atom")
     forces: float = Field(10.0, ge=0)
     stress: float = Field(
-        10.0, ge=0, description="without effect where the training set has no stress"
+        200.0, ge=0, description="without effect where the training set has no stress"
     )
     stage_two: StageTwoConfig | None = Field(
         None, description="other weights at the end: {start: 0.75, energy: 10}"
@@ -191,7 +209,7 @@ class OptimizerConfig(Config):
     """How the weights move."""
 
     name: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: orthogonalised momentum for matrices, AdamW for the rest"
+        "muon", description="muon: orthogonalised momentum for matrices, AdamW for the rest"
     )
     lr: float = Field(0.005, gt=0, description="learning rate at the top of the schedule")
     weight_decay: float = Field(1e-4, ge=0, description="not on biases, norms and embeddings")

@@ -50,7 +50,7 @@ class FacetConfig(Config):
     num_layers: int = Field(2, ge=1, le=8)
     lmax: int = Field(3, ge=1, le=6, description="L, largest degree of features and products")
     message_channels: tuple[int, ...] = Field(
-        (16, 8), description="channels of degree 0, 1, ... that a neighbour sends"
+        (16, 8, 4), description="channels of degree 0, 1, ... that a neighbour sends"
     )
     num_basis: int = Field(8, ge=2, le=64, description="B, Bessel functions")
     hidden: int = Field(64, ge=4, le=4096, description="width of the networks on invariants")
