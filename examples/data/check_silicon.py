@@ -1,6 +1,6 @@
 """Check the silicon settings: finite differences, cutoff, k-points, the equation of state.
 
-python check_silicon.py --out DIRECTORY        (after ``sample_silicon.py``; about six minutes)
+python check_silicon.py --out DIRECTORY        (after ``sample_silicon.py``; about 15 minutes)
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def main() -> None:
     out = parser.parse_args().out
     frames = read(out / "silicon_geometries.xyz", ":")
 
-    def pick(config_type: str, k: int) -> Atoms:
-        found = [a for a in frames if a.info["config_type"] == config_type and len(a) == 8]
+    def pick(config_type: str, k: int, size: int = 8) -> Atoms:
+        found = [a for a in frames if a.info["config_type"] == config_type and len(a) == size]
         return Atoms(found[k].numbers, cell=found[k].cell, positions=found[k].positions, pbc=True)
 
     rattled, strained, liquid = pick("rattled", 20), pick("strained", 3), pick("hot_2200K", 2)
@@ -134,6 +134,21 @@ def main() -> None:
         "kpoints_444_rattled": lambda: convergence(rattled, kpts=fine),
         "cutoff_500_strained": lambda: convergence(strained, mode=PW(500.0)),
     }
+    meshes = [
+        ("volume", 0, 8, (4, 4, 4)),
+        ("hot_300K", 2, 8, (4, 4, 4)),
+        ("hot_1500K", 5, 8, (4, 4, 4)),
+        ("vacancy", 11, 7, (4, 4, 4)),
+        ("hot_2200K", 18, 8, (4, 4, 4)),
+        ("hot_2200K", 18, 8, (5, 5, 5)),
+        ("hot_2200K", 10, 8, (4, 4, 4)),
+        ("beta_tin", 2, 8, (4, 4, 3)),
+        ("beta_tin", 2, 8, (5, 5, 4)),
+        ("beta_tin", 0, 8, (3, 3, 3)),
+    ]
+    for kind, k, size, mesh in meshes:
+        atoms, points = pick(kind, k, size), {"size": mesh, "gamma": False}
+        tasks[f"{kind}_{k}_{mesh}"] = lambda a=atoms, p=points: convergence(a, kpts=p)
     done = out / "checks_silicon.json"
     found = json.loads(done.read_text()) if done.exists() else {}
     for name, task in tasks.items():
