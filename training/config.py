@@ -211,12 +211,12 @@ class OptimizerConfig(Config):
     name: Literal["adamw", "muon"] = Field(
         "muon", description="muon: orthogonalised momentum for matrices, AdamW for the rest"
     )
-    lr: float = Field(0.005, gt=0, description="learning rate at the top of the schedule")
+    lr: float = Field(0.003, gt=0, description="learning rate at the top of the schedule")
     weight_decay: float = Field(1e-4, ge=0, description="not on biases, norms and embeddings")
     betas: tuple[float, float] = Field((0.9, 0.99))
     amsgrad: bool = False
     momentum: float = Field(0.95, ge=0, lt=1, description="of muon")
-    muon_lr: float = Field(0.01, gt=0, description="learning rate of muon's matrices")
+    muon_lr: float = Field(0.005, gt=0, description="of muon's matrices; 0.01 for runs of minutes")
     clip_grad: float | None = Field(10.0, gt=0, description="norm of the gradient at most")
     ema_decay: float | None = Field(
         0.99,
