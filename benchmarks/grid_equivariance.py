@@ -41,7 +41,9 @@ def main() -> None:
             size.append(plain["forces"].square().mean())
             for R in rotations:
                 turned = potential(graph.rotated(R))
-                energy.append((turned["energy"] - plain["energy"]).square().mean() / len(atoms) ** 2)
+                energy.append(
+                    (turned["energy"] - plain["energy"]).square().mean() / len(atoms) ** 2
+                )
                 forces.append((turned["forces"] @ R - plain["forces"]).square().mean())
         force = torch.stack(size).mean().sqrt()
         rows.append(
