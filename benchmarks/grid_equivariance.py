@@ -1,7 +1,8 @@
-"""Equivariance error of Facet's two products on the sphere, random weights: writes results/grid_equivariance.json.
+"""Equivariance error of Facet's two products on the sphere, with random weights.
 
-For `poly` and `mlp` and growing grids: root mean square, over 20 rotations of a rattled molecule and a rattled crystal,
-of the change of the energy per atom and of the back-rotated forces, relative to the root mean square force.
+For `poly` and `mlp` and growing grids: root mean square, over 20 rotations of a rattled molecule
+and a rattled crystal, of the change of the energy per atom and of the back-rotated forces, relative
+to the root mean square force.  Writes results/grid_equivariance.json.
 """
 
 from __future__ import annotations

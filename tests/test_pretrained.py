@@ -1,4 +1,4 @@
-"""The shipped models: they know their level of theory, their errors, and the crystal that they were trained on."""
+"""The shipped models: they know their level of theory, their errors and their crystal."""
 
 from __future__ import annotations
 
