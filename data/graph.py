@@ -40,6 +40,10 @@ class EnergyModel(Protocol):
     def receptive_field(self) -> float:
         """Distance in angstrom beyond which no atom can change an atom's energy."""
 
+    @property
+    def exact_symmetry(self) -> bool:
+        """Whether rotations and reflections are exact by construction, or else only learned."""
+
     def __call__(self, graph: AtomicGraph) -> NodeOutput: ...
 
 

@@ -37,6 +37,7 @@ class Toy(torch.nn.Module):
         self.width = torch.nn.Parameter(torch.tensor(1.5))  # 1/angstrom
         self.bond = torch.nn.Parameter(torch.tensor(2.5))  # angstrom
         self.receptive_field = cutoff
+        self.exact_symmetry = True
 
     def forward(self, graph: AtomicGraph) -> NodeOutput:
         r = graph.vectors.norm(dim=-1)

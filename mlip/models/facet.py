@@ -83,6 +83,11 @@ class Facet(nn.Module):
         """Angstrom; no atom farther away changes an atom's energy."""
         return self.config.num_layers * self.config.cutoff
 
+    @property
+    def exact_symmetry(self) -> bool:
+        """Rotations and reflections are exact, unless a network on the grid aliases."""
+        return self.config.grid == "poly"
+
     def forward(self, graph: AtomicGraph) -> NodeOutput:
         c = self.config
         N = len(graph.atomic_numbers)
