@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# mlearn Si, Cu, Li, Mo with one configuration, published split: train, test errors, relaxed crystal, NVE drift.
+# mlearn Si, Cu, Li, Mo with one configuration and the published split: errors on the test set, then
+# the relaxed crystal and its equation of state.
 #   MLIP_DATASETS=/path/to/datasets benchmarks/mlearn.sh [minutes per element] [elements...]
+# Training takes one thread, so that two elements may run side by side on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${MLIP_DATASETS:?set MLIP_DATASETS to the folder that holds mlearn/}
@@ -12,7 +14,7 @@ for element in ${@:-Si Cu Li Mo}; do
   done
   mlip train benchmarks/mlearn.yaml "data.train=$out/${element}_train.h5" "data.test=$out/${element}_test.h5" \
     "run_dir=$out/$element" "schedule.max_time=${minutes}m" "schedule.max_epochs=null" resume=auto \
-    "logging.progress=false" > "benchmarks/results/mlearn_$element.log" 2>&1
+    "runtime.num_threads=1" "logging.progress=false" > "benchmarks/results/mlearn_$element.log" 2>&1
   python benchmarks/equilibrium.py "$out/$element/best.safetensors" "$element" \
     --out "benchmarks/results/equilibrium_$element.json"
 done
