@@ -1,11 +1,13 @@
-"""Energy, forces and stress through the calculator: Facet beside mace-torch small, in one run.
+"""Energy, forces and stress through the calculator, beside mace-torch, in one run.
 
-    MACE=/path/to/mace/venv python benchmarks/speed.py --model best.safetensors --threads 2
+    MACE=/path/to/mace/venv python benchmarks/speed.py facet escaip mace-small mace-medium
 
-Each package runs in a process of its own; rounds alternate between them, positions change at every
-step, the medians and minima of all rounds are written.  The models have random weights unless
-``--model`` is given: the time does not depend on their values.  ``--allocator default`` leaves
-glibc's settings alone for both.
+The models: a name of this package (medium preset, or name:size), a model file, ``mace-small``
+(128x0e), ``mace-medium`` (128x0e+128x1o).  Each runs in a process of its own; rounds alternate
+between them, positions change at every step, medians and minima over all rounds are written, and
+the peak of memory above the loaded model.  All but files have random weights: time and memory do
+not depend on their values.  ``--allocator default`` leaves glibc's settings alone for all.  Ratios
+are those of the last model to each.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", default="")
+    parser.add_argument("models", nargs="*", default=["facet", "mace-small"])
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--allocator", choices=["tuned", "default"], default="tuned")
@@ -50,13 +53,11 @@ def main() -> None:
             MALLOC_TRIM_THRESHOLD_="2147483647",
             MALLOC_TOP_PAD_="67108864",
         )
-    pythons = {
-        "facet": sys.executable,
-        "mace-small": str(Path(os.environ["MACE"]) / "bin" / "python"),
-    }
+    mace = str(Path(os.environ.get("MACE", "")) / "bin" / "python")
+    pythons = {name: mace if name.startswith("mace-") else sys.executable for name in a.models}
     workers = {
         name: subprocess.Popen(
-            [python, "-W", "ignore", str(HERE / "speed_worker.py"), name, str(a.threads), a.model],
+            [python, "-W", "ignore", str(HERE / "speed_worker.py"), name, str(a.threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -65,9 +66,10 @@ def main() -> None:
         )
         for name, python in pythons.items()
     }
-    times: dict[str, dict[str, list[float]]] = {s: {n: [] for n in workers} for s in SYSTEMS}
+    times: dict[str, dict[str, list[float]]] = {s: {n: [] for n in workers} for s in a.systems}
+    memory: dict[str, dict[str, float]] = {s: {} for s in a.systems}
     for _ in range(a.rounds):
-        for system in SYSTEMS:
+        for system in a.systems:
             for name, worker in workers.items():
                 assert worker.stdin and worker.stdout
                 worker.stdin.write(system + "\n")
@@ -75,19 +77,25 @@ def main() -> None:
                 while not (line := worker.stdout.readline()).startswith("RESULT "):
                     if not line:
                         raise RuntimeError(f"the process of {name} ended")
-                times[system][name] += json.loads(line.removeprefix("RESULT "))
+                answer = json.loads(line.removeprefix("RESULT "))
+                times[system][name] += answer["seconds"]
+                # The first round: later ones reuse what the process has kept.
+                memory[system].setdefault(name, answer["peak_MiB"])
     for worker in workers.values():
         worker.terminate()
+    last = a.models[-1]
     table = {
         system: {
-            **{
-                f"{n}_{kind}_ms": round(1e3 * f(t), 2)
-                for n, t in by_name.items()
-                for kind, f in (("median", statistics.median), ("min", min))
-            },
-            "ratio_of_medians": round(
-                statistics.median(by_name["mace-small"]) / statistics.median(by_name["facet"]), 2
-            ),
+            name: {
+                "median_ms": round(1e3 * statistics.median(t), 2),
+                "min_ms": round(1e3 * min(t), 2),
+                "peak_MiB": round(memory[system][name], 1),
+                f"times_faster_than_{last}": round(
+                    statistics.median(by_name[last]) / statistics.median(t), 2
+                ),
+                f"memory_over_{last}": round(memory[system][name] / memory[system][last], 3),
+            }
+            for name, t in by_name.items()
         }
         for system, by_name in times.items()
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,17 +26,22 @@ def system(name: str) -> Atoms:
     return bulk("Si", cubic=True) * (n, n, n)
 
 
-def mlip_calculator(path: str, symbols: set[str]) -> Calculator:
+def mlip_calculator(name: str) -> Calculator:
+    """A model file, or a model of this package with random weights: ``name`` or ``name:size``."""
     from mlip.calculators.eq_calculator import EqCalculator
     from mlip.models import build
     from mlip.potential import Potential
+    from mlip.training.config import SIZES
 
-    model = path or Potential(build("facet", cutoff=5.0), torch.zeros(119))
-    return EqCalculator(model, device="cpu", dtype="float32")
+    if Path(name).is_file():
+        return EqCalculator(name, device="cpu", dtype="float32")
+    kind, _, size = name.partition(":")
+    model = build(kind, **{"cutoff": 5.0, **SIZES[kind][size or "medium"]})
+    return EqCalculator(Potential(model, torch.zeros(119)), device="cpu", dtype="float32")
 
 
-def mace_calculator(symbols: set[str]) -> Calculator:
-    """mace-torch "small": 128x0e, two layers, l <= 3, correlation 3, cutoff 5 angstrom."""
+def mace_calculator(size: str, symbols: set[str]) -> Calculator:
+    """mace-torch: two layers, l <= 3, correlation 3, cutoff 5 angstrom."""
     from ase.data import atomic_numbers
     from e3nn import o3
     from mace.calculators import MACECalculator
@@ -52,7 +58,7 @@ def mace_calculator(symbols: set[str]) -> Calculator:
         interaction_cls_first=block,
         num_interactions=2,
         num_elements=len(numbers),
-        hidden_irreps=o3.Irreps("128x0e"),
+        hidden_irreps=o3.Irreps({"small": "128x0e", "medium": "128x0e+128x1o"}[size]),
         MLP_irreps=o3.Irreps("16x0e"),
         atomic_energies=np.zeros(len(numbers)),
         avg_num_neighbors=20,
@@ -66,8 +72,20 @@ def mace_calculator(symbols: set[str]) -> Calculator:
     return MACECalculator(models=model, device="cpu", default_dtype="float32")
 
 
+def resident(field: str) -> float:
+    """MiB of the process: VmRSS now, or VmHWM, the peak since ``forget_peak``."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def main() -> None:
-    package, threads, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    package, threads = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(threads)
     calculators: dict[str, Calculator] = {}
     rng = np.random.default_rng(0)
@@ -75,14 +93,19 @@ def main() -> None:
         name = line.strip()
         atoms = system(name)
         if name not in calculators:
-            symbols = set(atoms.get_chemical_symbols())
-            if package == "facet":
-                calculators[name] = mlip_calculator(path, symbols)
+            if package.startswith("mace-"):
+                symbols = set(atoms.get_chemical_symbols())
+                calculators[name] = mace_calculator(package.removeprefix("mace-"), symbols)
             else:
-                calculators[name] = mace_calculator(symbols)
+                calculators[name] = mlip_calculator(package)
+            one = Atoms("Si", cell=[3, 3, 3], pbc=True) if name != "molecule" else atoms[:2]
+            one.calc = calculators[name]
+            one.get_forces()  # libraries and kernels are loaded now, too
         atoms.calc = calculators[name]
         seconds = []
         start = atoms.positions.copy()
+        forget_peak()
+        before = resident("VmRSS")
         for step in range(STEPS[name] + 1):
             atoms.positions = start + rng.normal(0, 0.02, start.shape)
             begin = time.perf_counter()
@@ -92,7 +115,8 @@ def main() -> None:
                 atoms.get_stress()
             if step:  # the first warms up
                 seconds.append(time.perf_counter() - begin)
-        print("RESULT " + json.dumps(seconds), flush=True)
+        answer = {"seconds": seconds, "peak_MiB": resident("VmHWM") - before}
+        print("RESULT " + json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
