@@ -43,6 +43,11 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "message_channels": (32, 16, 8),
         },
     },
+    "escaip": {
+        "small": {"hidden": 48, "node_hidden": 64, "num_layers": 2},
+        "medium": {"hidden": 64, "node_hidden": 128, "num_layers": 2},
+        "large": {"hidden": 128, "node_hidden": 256, "num_layers": 3, "num_heads": 8},
+    },
 }
 
 # The habitual flat names of MACE's command line; documented in docs/training.md.

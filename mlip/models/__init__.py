@@ -11,10 +11,12 @@ from typing import Any
 from torch import nn
 
 from mlip.config import Config, parse
+from mlip.models.escaip import EScAIP, EScAIPConfig
 from mlip.models.facet import Facet, FacetConfig
 
 MODELS: dict[str, tuple[type[nn.Module], type[Config]]] = {
     "facet": (Facet, FacetConfig),
+    "escaip": (EScAIP, EScAIPConfig),
 }
 
 

@@ -1,0 +1,365 @@
+"""EScAIP: self-attention inside every neighbourhood, with the angles in its logits.
+
+Atom i with its K neighbours is a sequence of K + 1 tokens, slot 0 the atom itself.  In each block
+
+    x_i0 = norm(W h_i),      x_ij = norm(e_ij + W h_i + W h_j + W e_ji)              messages
+    s_jk = d^-1/2 sum_l q_j^l . k_k^l P_l(cos jik)                                   logits
+    o_ij = sum_k f_ik exp(s_jk) v_k / sum_k f_ik exp(s_jk)                           attention
+    h_i <- h_i + W o_i0,     h_i <- h_i + MLP(h_i)                                   atoms
+    e_ij <- e_ij + W o_ij,   e_ij <- e_ij + MLP(e_ij)                                edges
+
+By the addition theorem P_l comes from multiplying queries and keys with harmonics.  The envelope f
+multiplies the weight of a key in numerator and denominator, so that every atom in the cutoff takes
+part and none enters with a jump.  Inputs are radial functions, elements and the density
+
+    A_i[lm, c] = n^-1/2 sum_j f_ij w_c(Z_j, r_ij) Y_lm(r_ij),    p_i = sum_m A A,    Y(r_ij) . A_i
+
+After E. Qu and A. Krishnapriyan, "The importance of being scalable" (EScAIP, NeurIPS 2024,
+arXiv:2410.24169).  Differences: forces are gradients by default; smooth envelope and no cap on
+neighbours; densities with elements and envelope instead of bond-order parameters; Bessel functions
+instead of 600 Gaussians; the reversed edge e_ji in the message; each readout computed once.
+
+Symmetry: translations and permutations exactly; O(3) exactly with ``angular="legendre"`` (an
+isolated atom's token has no direction), only learned with ``angular="vectors"``.
+Cost: O(E D^2 + E K D), D the width of an edge.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mlip.config import Config
+from mlip.data.graph import AtomicGraph, NodeOutput
+from mlip.nn.attention import attend, log_envelope
+from mlip.nn.buckets import bucket_by_degree
+from mlip.nn.constant import Constant
+from mlip.nn.radial import bessel
+from mlip.nn.spherical import SphericalHarmonics, degree_of_component
+
+
+class EScAIPConfig(Config):
+    """Hyperparameters of EScAIP, the important ones first."""
+
+    cutoff: float = Field(5.0, gt=0, description="neighbours up to this distance, angstrom")
+    hidden: int = Field(64, ge=4, le=4096, description="D, width of an edge's state")
+    node_hidden: int = Field(128, ge=4, le=4096, description="width of an atom's state")
+    num_layers: int = Field(2, ge=1, le=32)
+    num_heads: int = Field(4, ge=1, le=64)
+    angular: Literal["legendre", "vectors"] = Field(
+        "legendre",
+        description="legendre: angles as P_l, exact O(3) symmetry; vectors: raw displacement "
+        "vectors as inputs, symmetry only learned",
+    )
+    angular_channels: tuple[int, ...] = Field(
+        (8, 2, 2, 1), description="legendre: channels of degree 0, 1, ... of a head's queries"
+    )
+    density_channels: int = Field(16, ge=1, le=512, description="channels of the density")
+    num_basis: int = Field(8, ge=2, le=64, description="B, Bessel functions")
+    direct_forces: bool = Field(
+        False, description="predict forces beside the energy; for pre-training, not conservative"
+    )
+    avg_num_neighbors: float = Field(
+        20.0, gt=0, description="scale of sums over neighbours, from the training set"
+    )
+
+
+class Hood(NamedTuple):
+    """The neighbourhoods of one bucket: n atoms with K slots; K + 1 = T tokens."""
+
+    first: int
+    last: int
+    neighbors: Tensor  # (n K,)
+    reverse: Tensor  # (n K,) slot of the reversed edge among those of all buckets
+    unit: Tensor  # (n, K, 3)
+    radial: Tensor  # (n, K, B)
+    fade: Tensor  # (n, K, 1) envelope
+    log_fade: Tensor  # (n, T) its logarithm, 0 for the atom itself
+    Y: Tensor  # (n, K, LM)
+    angular: Tensor  # (n, 1, T, d) harmonics of each channel of a query
+
+
+class EScAIP(nn.Module):
+    """The model; see the module's docstring for the equations."""
+
+    def __init__(self, config: EScAIPConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        lmax = len(c.angular_channels) - 1
+        self.harmonics = SphericalHarmonics(lmax)
+        self.angles = AngularChannels(
+            c.angular_channels if c.angular == "legendre" else (sum(c.angular_channels),)
+        )
+        self.embed = nn.Embedding(119, c.node_hidden)  # one row per Z, row 0 unused
+        self.density = Density(c, lmax)
+        self.edge_input = EdgeInput(c, lmax)
+        self.blocks = nn.ModuleList(
+            Block(c, self.angles, edges=t < c.num_layers - 1 or c.direct_forces)
+            for t in range(c.num_layers)
+        )
+        self.readout = mlp((c.num_layers + 1) * c.node_hidden, c.node_hidden, 1)
+
+    @property
+    def receptive_field(self) -> float:
+        """Angstrom; no atom farther away changes an atom's energy."""
+        return (self.config.num_layers + 1) * self.config.cutoff
+
+    @property
+    def exact_symmetry(self) -> bool:
+        """Rotations and reflections are exact, unless raw vectors are inputs."""
+        return self.config.angular == "legendre"
+
+    def forward(self, graph: AtomicGraph) -> NodeOutput:
+        order, hoods = self.neighborhoods(graph)
+        Z = graph.atomic_numbers
+        h, A = self.density(self.embed(Z if order is None else Z[order]), hoods)
+        e = self.edge_input(h, A, hoods)
+        states = [h]
+        for block in self.blocks:
+            h, e = block(h, e, hoods)
+            states.append(h)
+        # An atom without neighbours has energy zero; squared, so that the last one leaves gently.
+        count = torch.cat([hood.fade.sum(dim=(1, 2)) for hood in hoods]).square()  # (N,)
+        energy = self.readout(torch.cat(states, dim=-1)).squeeze(-1) * (count / (1 + count))
+        if order is not None:
+            back = torch.argsort(order)
+            energy, h = energy[back], h[back]
+        return NodeOutput(energy=energy, features=h)
+
+    def neighborhoods(self, graph: AtomicGraph) -> tuple[Tensor | None, list[Hood]]:
+        """Sort atoms by degree (None: not necessary) and lay out their edges in few buckets."""
+        c = self.config
+        vectors, (j, i) = graph.vectors, graph.edge_index
+        order, buckets = bucket_by_degree(i, len(graph.atomic_numbers))
+        if order is not None:
+            j = torch.argsort(order).index_select(0, j)
+        # Empty slots lie beyond the cutoff, where the envelope is exactly zero.
+        beyond = torch.tensor([[0, 0, 2 * c.cutoff]], dtype=vectors.dtype, device=vectors.device)
+        vectors = torch.cat([vectors, beyond])
+        j = torch.cat([j, j.new_zeros(1)])
+        slots = torch.cat([bucket.edges.flatten() for bucket in buckets])
+        slot_of = torch.zeros_like(j)
+        slot_of[slots] = torch.arange(len(slots), device=j.device)
+        reverse = torch.cat([reversed_edges(graph), j.new_tensor([len(j) - 1])])
+        hoods = []
+        for bucket in buckets:
+            edges = bucket.edges.flatten()
+            v = vectors.index_select(0, edges).view(*bucket.edges.shape, 3)
+            r = v.norm(dim=-1, keepdim=True)
+            x = r / c.cutoff
+            log_fade = log_envelope(x)  # (n, K, 1)
+            Y = self.harmonics(v / r)
+            hoods.append(
+                Hood(
+                    first=bucket.first,
+                    last=bucket.last,
+                    neighbors=j.index_select(0, edges),
+                    reverse=slot_of.index_select(0, reverse.index_select(0, edges)),
+                    unit=v / r,
+                    radial=bessel(x[..., 0], c.num_basis),
+                    fade=log_fade.exp(),
+                    log_fade=nn.functional.pad(log_fade[..., 0], (1, 0)),
+                    Y=Y,
+                    angular=self.angles(Y),
+                )
+            )
+        return order, hoods
+
+
+def norm(width: int) -> nn.LayerNorm:
+    """Layer norm without bias; one fused pass, where the root mean square would be several."""
+    return nn.LayerNorm(width, bias=False)
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Norm and two layers; it begins as zero, so that training starts from the residual alone."""
+    last = nn.Linear(hidden, outputs, bias=False)
+    nn.init.zeros_(last.weight)
+    return nn.Sequential(norm(inputs), nn.Linear(inputs, hidden), nn.SiLU(), last)
+
+
+def reversed_edges(graph: AtomicGraph) -> Tensor:
+    """(E,) for each edge i <- j the edge j <- i with the opposite shift; E where there is none."""
+    j, i = graph.edge_index
+    S = graph.cell_shifts.round().long()
+    E, N = len(j), len(graph.atomic_numbers)
+    if E == 0:
+        return j
+    base = 2 * int(S.abs().max()) + 1
+    if N**2 * base**3 > 2**62:
+        raise ValueError(
+            f"{N} atoms with cell shifts up to {base // 2} are too many to number all pairs; "
+            "wrap the atoms into the cell"
+        )
+    weights = torch.tensor([base**2, base, 1], device=S.device)
+    number = (S * weights).sum(dim=1)
+    offset, step = (base**3 - 1) // 2, base**3
+    key = (i * N + j) * step + offset + number
+    reverse = (j * N + i) * step + offset - number
+    key, edge = key.sort()
+    place = torch.searchsorted(key, reverse).clamp(max=E - 1)
+    return torch.where(key[place] == reverse, edge[place], E)
+
+
+class AngularChannels(nn.Module):
+    """Which harmonic multiplies which channel of queries and keys: q^l . k^l P_l by the addition
+    theorem.
+
+    ``channels[l]`` channels of degree l become d = sum_l (2 l + 1) channels[l] columns.
+    """
+
+    channel: Tensor  # (d,)
+
+    def __init__(self, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        lmax = len(channels) - 1
+        self.num_channels = sum(channels)
+        l_of = degree_of_component(lmax)
+        rows, channel, first = [], [], 0
+        for l, n in enumerate(channels):
+            unit = torch.diag(1 / torch.sqrt(2 * l_of + 1.0))[l_of == l]  # (2l+1, LM)
+            for k in range(n):
+                rows.append(unit)
+                channel += [first + k] * (2 * l + 1)
+            first += n
+        self.select = Constant(torch.cat(rows).mT)  # (LM, d)
+        self.register_buffer("channel", torch.tensor(channel), persistent=False)
+
+    def forward(self, Y: Tensor) -> Tensor:
+        """(n, K, LM) -> (n, 1, K + 1, d); the atom itself has no direction, only l = 0."""
+        select = self.select()
+        itself = (select[:1] != 0).to(Y.dtype).expand(len(Y), 1, -1)
+        return torch.cat([itself, Y[..., : len(select)] @ select], dim=1).unsqueeze(1)
+
+
+class Density(nn.Module):
+    """Smooth environment of each atom, and the first state of the atom made of its invariants."""
+
+    degree: Tensor  # (LM,)
+
+    def __init__(self, c: EScAIPConfig, lmax: int) -> None:
+        super().__init__()
+        H, C = c.node_hidden, c.density_channels
+        self.scale = 1 / math.sqrt(c.avg_num_neighbors)
+        self.radial = nn.Linear(c.num_basis, C, bias=False)
+        self.species = nn.Linear(H, C)
+        l = degree_of_component(lmax)
+        self.lmax = lmax
+        self.mix = nn.Parameter(torch.randn(lmax + 1, C, C) / math.sqrt(C))
+        self.register_buffer("degree", l, persistent=False)
+        self.sum = Constant(
+            (l == torch.arange(lmax + 1)[:, None]) / torch.sqrt(2 * l + 1.0)
+        )  # (L + 1, LM)
+        self.update = mlp((lmax + 1) * C + H, 2 * H, H)
+
+    def forward(self, species: Tensor, hoods: list[Hood]) -> tuple[Tensor, Tensor]:
+        """Species (N, H) -> states (N, H), densities (N, LM, C)."""
+        w = self.species(species)  # (N, C)
+        parts = []
+        for hood in hoods:
+            wj = w.index_select(0, hood.neighbors).view(*hood.radial.shape[:2], -1)
+            weights = self.radial(hood.radial) * wj * (hood.fade * self.scale)
+            parts.append(hood.Y.mT @ weights)  # (n, LM, C)
+        A = torch.cat(parts)
+        mixed = (A.transpose(0, 1) @ self.mix.index_select(0, self.degree)).transpose(0, 1)
+        p = torch.einsum("lm,nmc->nlc", self.sum(), A * mixed).flatten(1)
+        return species + self.update(torch.cat([p, species], dim=-1)), A
+
+
+class EdgeInput(nn.Module):
+    """First states of the edges: distance, elements, and their angles with the environment."""
+
+    degree: Tensor  # (LM,)
+
+    def __init__(self, c: EScAIPConfig, lmax: int) -> None:
+        super().__init__()
+        D = c.hidden
+        self.vectors = nn.Linear(3, D, bias=False) if c.angular == "vectors" else None
+        self.nodes = nn.Linear(c.node_hidden, 2 * D)
+        self.radial = nn.Linear(c.num_basis, 2 * D)
+        self.environment = nn.Parameter(
+            torch.randn(lmax + 1, c.density_channels, D)
+            / math.sqrt(c.density_channels * (lmax + 1))
+        )
+        self.register_buffer("degree", degree_of_component(lmax), persistent=False)
+        self.out = nn.Linear(D, D)
+
+    def forward(self, h: Tensor, A: Tensor, hoods: list[Hood]) -> list[Tensor]:
+        center, source = self.nodes(h).chunk(2, dim=-1)  # (N, D)
+        if self.vectors is None:
+            W = self.environment.index_select(0, self.degree)
+            A = (A.transpose(0, 1) @ W).transpose(0, 1)  # (N, LM, D)
+        states = []
+        for hood in hoods:
+            rows = slice(hood.first, hood.last)
+            a, gate = self.radial(hood.radial).chunk(2, dim=-1)
+            a = a + source.index_select(0, hood.neighbors).view_as(a) + center[rows, None]
+            a = a + (hood.Y @ A[rows] if self.vectors is None else self.vectors(hood.unit))
+            states.append(self.out(nn.functional.silu(a) * gate))
+        return states
+
+
+class Block(nn.Module):
+    """Messages, attention inside each neighbourhood, update of atoms and edges."""
+
+    def __init__(self, c: EScAIPConfig, angles: AngularChannels, edges: bool) -> None:
+        super().__init__()
+        H, D = c.node_hidden, c.hidden
+        self.heads, self.edges = c.num_heads, edges
+        self.width = D // c.num_heads
+        self.norm_node = norm(H)
+        self.nodes = nn.Linear(H, 3 * D)
+        self.reverse = nn.Linear(D, D, bias=False)
+        self.norm = norm(D)
+        self.angles = [angles]  # in a list: shared, not a part of this block
+        d = angles.num_channels
+        self.query = nn.Parameter(torch.randn(self.heads, d, D) / math.sqrt(D))
+        self.key = nn.Parameter(torch.randn(self.heads, d, D) / math.sqrt(D))
+        self.value = nn.Linear(D, self.heads * self.width, bias=False)
+        self.to_node = nn.Linear(self.heads * self.width, H, bias=False)
+        self.node_mlp = mlp(H, 2 * H, H)
+        if edges:
+            self.to_edge = nn.Linear(self.heads * self.width, D, bias=False)
+            self.edge_mlp = mlp(D, 2 * D, D)
+
+    def forward(self, h: Tensor, e: list[Tensor], hoods: list[Hood]) -> tuple[Tensor, list[Tensor]]:
+        itself, center, source = self.nodes(self.norm_node(h)).chunk(3, dim=-1)  # (N, D)
+        backward = self.reverse(torch.cat([part.flatten(0, 1) for part in e]))
+        atoms, new = [], []
+        for hood, part in zip(hoods, e, strict=True):
+            rows = slice(hood.first, hood.last)
+            message = (
+                part
+                + source.index_select(0, hood.neighbors).view_as(part)
+                + center[rows, None]
+                + backward.index_select(0, hood.reverse).view_as(part)
+            )
+            x = self.norm(torch.cat([itself[rows, None], message], dim=1))  # (n, T, D)
+            out = self.attention(x, hood)
+            atoms.append(out[:, 0])
+            if self.edges:
+                part = part + self.to_edge(out[:, 1:])
+                new.append(part + self.edge_mlp(part))
+        h = h + self.to_node(torch.cat(atoms))
+        return h + self.node_mlp(h), new
+
+    def attention(self, x: Tensor, hood: Hood) -> Tensor:
+        """(n, T, D) -> (n, T, heads width), or for the atom alone (n, 1, heads width)."""
+        n, T, _ = x.shape
+        Q = T if self.edges else 1
+        channel = self.angles[0].channel
+        q = self.project(x[:, :Q], self.query, channel) * hood.angular[:, :, :Q]
+        k = self.project(x, self.key, channel) * hood.angular
+        v = self.value(x).view(n, T, self.heads, -1).transpose(1, 2)
+        scale = math.sqrt(len(channel) / self.angles[0].num_channels)
+        out = attend(q * scale, k, v, hood.log_fade[:, None], fused=not self.training)
+        return out.transpose(1, 2).reshape(n, Q, -1)
+
+    def project(self, x: Tensor, weight: Tensor, channel: Tensor) -> Tensor:
+        """(n, T, D) -> (n, heads, T, d), each channel repeated for the harmonics it meets."""
+        W = weight.index_select(1, channel).flatten(0, 1)
+        return nn.functional.linear(x, W).view(*x.shape[:2], self.heads, -1).transpose(1, 2)

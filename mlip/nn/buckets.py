@@ -1,0 +1,87 @@
+"""Ragged neighbourhoods in few dense pieces: atoms sorted by degree and cut where padding is dear.
+
+A bucket is a run of atoms with K slots each, K the largest degree among them.  A crystal is one
+bucket without padding; a cluster needs a few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_BUCKETS = 4
+MAX_PADDING = 0.2  # share of empty slots that is not worth another bucket
+# A bucket costs as much as the launch of its operations, which is about this many slots.
+MIN_SAVING = 256
+
+
+class Bucket(NamedTuple):
+    """Atoms ``first ... last - 1`` of the sorted order, and their edges."""
+
+    first: int
+    last: int
+    edges: Tensor  # (last - first, K) index of the edge in each slot, E where it is empty
+
+
+class Buckets(NamedTuple):
+    """All atoms, each in one bucket."""
+
+    order: Tensor | None  # (N,) atoms by rising degree; None: as they were
+    parts: list[Bucket]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of all buckets, empty ones included."""
+        return sum(bucket.edges.numel() for bucket in self.parts)
+
+
+def bucket_by_degree(centers: Tensor, num_nodes: int) -> Buckets:
+    """Distribute edges with the centres ``centers`` (E,), sorted, over buckets of atoms."""
+    E = len(centers)
+    degree = torch.bincount(centers, minlength=num_nodes)  # (N,)
+    first = degree.cumsum(0) - degree
+    histogram = torch.bincount(degree).tolist() if num_nodes else []
+    cuts = cut_by_degree(histogram)
+    order = None if len(cuts) <= 1 else torch.argsort(degree, stable=True)
+    if order is not None:
+        degree, first = degree.index_select(0, order), first.index_select(0, order)
+    parts, start = [], 0
+    for K in cuts:
+        size = sum(histogram[: K + 1]) - start
+        slot = torch.arange(max(K, 1), device=centers.device)  # one empty slot for lonely atoms
+        rows = slice(start, start + size)
+        edges = first[rows, None] + slot
+        parts.append(Bucket(start, start + size, torch.where(slot < degree[rows, None], edges, E)))
+        start += size
+    return Buckets(order, parts)
+
+
+def cut_by_degree(histogram: Sequence[int]) -> list[int]:
+    """Slots K of each bucket, rising, for ``histogram[d]`` atoms of degree d.
+
+    The bucket with most empty slots is cut where this saves most, until few are empty.
+    """
+    present = [(d, n) for d, n in enumerate(histogram) if n]
+    filled = sum(d * n for d, n in present)
+    groups = [present] if present else []
+    while len(groups) < MAX_BUCKETS:
+        slots = sum(group[-1][0] * sum(n for _, n in group) for group in groups)
+        if slots - filled <= MAX_PADDING * slots:
+            break
+        saving, which, where = max(
+            (
+                (group[-1][0] - group[cut - 1][0]) * sum(n for _, n in group[:cut]),
+                which,
+                cut,
+            )
+            for which, group in enumerate(groups)
+            for cut in range(1, len(group))
+        )
+        if saving < MIN_SAVING:
+            break
+        group = groups[which]
+        groups[which : which + 1] = [group[:where], group[where:]]
+    return [group[-1][0] for group in groups]
