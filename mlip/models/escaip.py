@@ -1,11 +1,12 @@
 """EScAIP: self-attention inside every neighbourhood, with the angles in its logits.
 
-Atom i with its K neighbours is a sequence of K + 1 tokens, slot 0 the atom itself.  In each block
+Atom i with its K neighbours is a sequence of K + 1 tokens e_ij; j = i in slot 0 is the atom itself
+at distance zero.  In each block
 
-    x_i0 = norm(W h_i),      x_ij = norm(e_ij + W h_i + W h_j + W e_ji)              messages
+    x_ij = norm(e_ij + W h_i + W h_j + W e_ji)                                       messages
     s_jk = d^-1/2 sum_l q_j^l . k_k^l P_l(cos jik)                                   logits
     o_ij = sum_k f_ik exp(s_jk) v_k / sum_k f_ik exp(s_jk)                           attention
-    h_i <- h_i + W o_i0,     h_i <- h_i + MLP(h_i)                                   atoms
+    h_i <- h_i + W o_ii,     h_i <- h_i + MLP(h_i)                                   atoms
     e_ij <- e_ij + W o_ij,   e_ij <- e_ij + MLP(e_ij)                                edges
 
 By the addition theorem P_l comes from multiplying queries and keys with harmonics.  The envelope f
@@ -69,18 +70,18 @@ class EScAIPConfig(Config):
 
 
 class Hood(NamedTuple):
-    """The neighbourhoods of one bucket: n atoms with K slots; K + 1 = T tokens."""
+    """The neighbourhoods of one bucket: n atoms with T slots, slot 0 the atom itself."""
 
     first: int
     last: int
-    neighbors: Tensor  # (n K,)
-    reverse: Tensor  # (n K,) slot of the reversed edge among those of all buckets
-    unit: Tensor  # (n, K, 3)
-    radial: Tensor  # (n, K, B)
-    fade: Tensor  # (n, K, 1) envelope
-    log_fade: Tensor  # (n, T) its logarithm, 0 for the atom itself
-    Y: Tensor  # (n, K, LM)
-    angular: Tensor  # (n, 1, T, d) harmonics of each channel of a query
+    neighbors: Tensor  # (n T,)
+    reverse: Tensor  # (n T,) slot of the reversed edge among those of all buckets
+    unit: Tensor  # (n, T, 3) zero in slot 0
+    radial: Tensor  # (n, T, B) zero in slot 0
+    fade: Tensor  # (n, T) envelope; 1 in slot 0
+    log_fade: Tensor  # (n, T)
+    Y: Tensor  # (n, T, LM)
+    angular: Tensor  # (n, T, 1, d) harmonics of each channel of a query
 
 
 class EScAIP(nn.Module):
@@ -123,7 +124,7 @@ class EScAIP(nn.Module):
             h, e = block(h, e, hoods)
             states.append(h)
         # An atom without neighbours has energy zero; squared, so that the last one leaves gently.
-        count = torch.cat([hood.fade.sum(dim=(1, 2)) for hood in hoods]).square()  # (N,)
+        count = torch.cat([hood.fade[:, 1:].sum(dim=1) for hood in hoods]).square()  # (N,)
         energy = self.readout(torch.cat(states, dim=-1)).squeeze(-1) * (count / (1 + count))
         if order is not None:
             back = torch.argsort(order)
@@ -137,34 +138,44 @@ class EScAIP(nn.Module):
         order, buckets = bucket_by_degree(i, len(graph.atomic_numbers))
         if order is not None:
             j = torch.argsort(order).index_select(0, j)
-        # Empty slots lie beyond the cutoff, where the envelope is exactly zero.
-        beyond = torch.tensor([[0, 0, 2 * c.cutoff]], dtype=vectors.dtype, device=vectors.device)
-        vectors = torch.cat([vectors, beyond])
-        j = torch.cat([j, j.new_zeros(1)])
-        slots = torch.cat([bucket.edges.flatten() for bucket in buckets])
-        slot_of = torch.zeros_like(j)
-        slot_of[slots] = torch.arange(len(slots), device=j.device)
-        reverse = torch.cat([reversed_edges(graph), j.new_tensor([len(j) - 1])])
+        # Empty slots lie beyond the cutoff, where the envelope is exactly zero.  The direction of
+        # slot 0 is one of length 1 until all it gives is masked, so that no length is zero.
+        E = len(j)
+        rest = vectors.new_tensor([[0, 0, 2 * c.cutoff], [0, 0, 1]])
+        vectors = torch.cat([vectors, rest])
+        slots = torch.cat([bucket.edges.flatten() for bucket in buckets])  # edge of each slot
+        own = torch.arange(len(slots), device=j.device)
+        slot_of = torch.zeros(E + 2, dtype=torch.int64, device=j.device).scatter_(0, slots, own)
+        reverse = torch.cat([reversed_edges(graph), j.new_tensor([E, E])]).index_select(0, slots)
+        # An atom itself is its own reverse, and so is, without effect, an empty slot.
+        reverse = torch.where(reverse < E, slot_of.index_select(0, reverse), own)
+        reverses = reverse.split([bucket.edges.numel() for bucket in buckets])
+        j = torch.cat([j, j.new_zeros(2)])
         hoods = []
-        for bucket in buckets:
+        for bucket, reverse in zip(buckets, reverses, strict=True):
+            n, T = bucket.edges.shape
             edges = bucket.edges.flatten()
-            v = vectors.index_select(0, edges).view(*bucket.edges.shape, 3)
+            neighbors = j.index_select(0, edges).view(n, T)
+            neighbors[:, 0] = torch.arange(bucket.first, bucket.last, device=j.device)
+            v = vectors.index_select(0, edges).view(n, T, 3)
+            other = (torch.arange(T, device=j.device) > 0).to(v.dtype)[:, None]  # (T, 1)
             r = v.norm(dim=-1, keepdim=True)
+            unit = v / r * other
             x = r / c.cutoff
-            log_fade = log_envelope(x)  # (n, K, 1)
-            Y = self.harmonics(v / r)
+            log_fade = (log_envelope(x) * other)[..., 0]  # (n, T)
+            Y = self.harmonics(unit)
             hoods.append(
                 Hood(
                     first=bucket.first,
                     last=bucket.last,
-                    neighbors=j.index_select(0, edges),
-                    reverse=slot_of.index_select(0, reverse.index_select(0, edges)),
-                    unit=v / r,
-                    radial=bessel(x[..., 0], c.num_basis),
+                    neighbors=neighbors.flatten(),
+                    reverse=reverse,
+                    unit=unit,
+                    radial=bessel(x[..., 0], c.num_basis) * other,
                     fade=log_fade.exp(),
-                    log_fade=nn.functional.pad(log_fade[..., 0], (1, 0)),
+                    log_fade=log_fade,
                     Y=Y,
-                    angular=self.angles(Y),
+                    angular=self.angles(Y).unsqueeze(2),
                 )
             )
         return order, hoods
@@ -230,10 +241,9 @@ class AngularChannels(nn.Module):
         self.register_buffer("channel", torch.tensor(channel), persistent=False)
 
     def forward(self, Y: Tensor) -> Tensor:
-        """(n, K, LM) -> (n, 1, K + 1, d); the atom itself has no direction, only l = 0."""
+        """(..., LM) -> (..., d); of degree 0 alone for the atom itself, which has no direction."""
         select = self.select()
-        itself = (select[:1] != 0).to(Y.dtype).expand(len(Y), 1, -1)
-        return torch.cat([itself, Y[..., : len(select)] @ select], dim=1).unsqueeze(1)
+        return Y[..., : len(select)] @ select
 
 
 class Density(nn.Module):
@@ -262,7 +272,7 @@ class Density(nn.Module):
         parts = []
         for hood in hoods:
             wj = w.index_select(0, hood.neighbors).view(*hood.radial.shape[:2], -1)
-            weights = self.radial(hood.radial) * wj * (hood.fade * self.scale)
+            weights = self.radial(hood.radial) * wj * (hood.fade * self.scale)[..., None]
             parts.append(hood.Y.mT @ weights)  # (n, LM, C)
         A = torch.cat(parts)
         mixed = (A.transpose(0, 1) @ self.mix.index_select(0, self.degree)).transpose(0, 1)
@@ -312,12 +322,14 @@ class Block(nn.Module):
         self.heads, self.edges = c.num_heads, edges
         self.width = D // c.num_heads
         self.norm_node = norm(H)
-        self.nodes = nn.Linear(H, 3 * D)
+        self.nodes = nn.Linear(H, 2 * D)
         self.reverse = nn.Linear(D, D, bias=False)
         self.norm = norm(D)
         self.angles = [angles]  # in a list: shared, not a part of this block
         d = angles.num_channels
-        self.query = nn.Parameter(torch.randn(self.heads, d, D) / math.sqrt(D))
+        # attend() divides by the root of the columns; the channels are what is summed.
+        scale = math.sqrt(len(angles.channel) / d)
+        self.query = nn.Parameter(torch.randn(self.heads, d, D) * scale / math.sqrt(D))
         self.key = nn.Parameter(torch.randn(self.heads, d, D) / math.sqrt(D))
         self.value = nn.Linear(D, self.heads * self.width, bias=False)
         self.to_node = nn.Linear(self.heads * self.width, H, bias=False)
@@ -327,39 +339,35 @@ class Block(nn.Module):
             self.edge_mlp = mlp(D, 2 * D, D)
 
     def forward(self, h: Tensor, e: list[Tensor], hoods: list[Hood]) -> tuple[Tensor, list[Tensor]]:
-        itself, center, source = self.nodes(self.norm_node(h)).chunk(3, dim=-1)  # (N, D)
+        center, source = self.nodes(self.norm_node(h)).chunk(2, dim=-1)  # (N, D)
         backward = self.reverse(torch.cat([part.flatten(0, 1) for part in e]))
         atoms, new = [], []
         for hood, part in zip(hoods, e, strict=True):
-            rows = slice(hood.first, hood.last)
-            message = (
+            x = self.norm(
                 part
                 + source.index_select(0, hood.neighbors).view_as(part)
-                + center[rows, None]
+                + center[hood.first : hood.last, None]
                 + backward.index_select(0, hood.reverse).view_as(part)
-            )
-            x = self.norm(torch.cat([itself[rows, None], message], dim=1))  # (n, T, D)
+            )  # (n, T, D)
             out = self.attention(x, hood)
             atoms.append(out[:, 0])
             if self.edges:
-                part = part + self.to_edge(out[:, 1:])
+                part = part + self.to_edge(out)
                 new.append(part + self.edge_mlp(part))
         h = h + self.to_node(torch.cat(atoms))
         return h + self.node_mlp(h), new
 
     def attention(self, x: Tensor, hood: Hood) -> Tensor:
         """(n, T, D) -> (n, T, heads width), or for the atom alone (n, 1, heads width)."""
-        n, T, _ = x.shape
-        Q = T if self.edges else 1
-        channel = self.angles[0].channel
-        q = self.project(x[:, :Q], self.query, channel) * hood.angular[:, :, :Q]
-        k = self.project(x, self.key, channel) * hood.angular
-        v = self.value(x).view(n, T, self.heads, -1).transpose(1, 2)
-        scale = math.sqrt(len(channel) / self.angles[0].num_channels)
-        out = attend(q * scale, k, v, hood.log_fade[:, None], fused=not self.training)
-        return out.transpose(1, 2).reshape(n, Q, -1)
+        Q = x.shape[1] if self.edges else 1
+        q = self.project(x[:, :Q], self.query) * hood.angular[:, :Q]
+        k = self.project(x, self.key) * hood.angular
+        v = self.value(x).unflatten(-1, (self.heads, -1))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = attend(q, k, v, hood.log_fade[:, None], fused=not self.training)
+        return out.transpose(1, 2).flatten(2)
 
-    def project(self, x: Tensor, weight: Tensor, channel: Tensor) -> Tensor:
-        """(n, T, D) -> (n, heads, T, d), each channel repeated for the harmonics it meets."""
-        W = weight.index_select(1, channel).flatten(0, 1)
-        return nn.functional.linear(x, W).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+    def project(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(n, T, D) -> (n, T, heads, d), each channel repeated for the harmonics it meets."""
+        W = weight.index_select(1, self.angles[0].channel).flatten(0, 1)
+        return nn.functional.linear(x, W).unflatten(-1, (self.heads, -1))

@@ -40,10 +40,13 @@ def attend(
     """
     scale = 1 / math.sqrt(q.shape[-1])
     if not fused:
-        logits = (q * scale) @ k.mT  # (..., Q, T)
-        if key_bias is not None:
-            logits = logits + key_bias.unsqueeze(-2)
-        return torch.softmax(logits, dim=-1) @ v
+        *batch, Q, d = q.shape
+        T = k.shape[-2]
+        bias = q.new_zeros(()) if key_bias is None else key_bias.expand(*batch, T).reshape(-1, 1, T)
+        logits = torch.baddbmm(bias, q.reshape(-1, Q, d), k.reshape(-1, T, d).mT, alpha=scale)
+        return torch.bmm(torch.softmax(logits, dim=-1), v.reshape(-1, T, v.shape[-1])).view(
+            *batch, Q, -1
+        )
     if key_bias is not None:
         # One more column, 1 in the queries and the bias in the keys: a mask would be a tensor
         # (Q, T), and most kernels give it no gradient.

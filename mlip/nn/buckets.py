@@ -1,7 +1,7 @@
 """Ragged neighbourhoods in few dense pieces: atoms sorted by degree and cut where padding is dear.
 
-A bucket is a run of atoms with K slots each, K the largest degree among them.  A crystal is one
-bucket without padding; a cluster needs a few.
+A bucket is a run of atoms with K + 1 slots each: slot 0 is the atom itself, K is the largest degree
+among them.  A crystal is one bucket without padding; a cluster needs a few.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Bucket(NamedTuple):
 
     first: int
     last: int
-    edges: Tensor  # (last - first, K) index of the edge in each slot, E where it is empty
+    edges: Tensor  # (last - first, K + 1) edge in each slot; E where empty, E + 1 in slot 0
 
 
 class Buckets(NamedTuple):
@@ -33,9 +33,11 @@ class Buckets(NamedTuple):
     parts: list[Bucket]
 
     @property
-    def num_slots(self) -> int:
-        """Slots of all buckets, empty ones included."""
-        return sum(bucket.edges.numel() for bucket in self.parts)
+    def padding(self) -> float:
+        """Share of the slots that is empty."""
+        slots = sum(bucket.edges.numel() for bucket in self.parts)
+        filled = sum(int((bucket.edges != bucket.edges[0, 0] - 1).sum()) for bucket in self.parts)
+        return 1 - filled / max(slots, 1)
 
 
 def bucket_by_degree(centers: Tensor, num_nodes: int) -> Buckets:
@@ -51,32 +53,29 @@ def bucket_by_degree(centers: Tensor, num_nodes: int) -> Buckets:
     parts, start = [], 0
     for K in cuts:
         size = sum(histogram[: K + 1]) - start
-        slot = torch.arange(max(K, 1), device=centers.device)  # one empty slot for lonely atoms
         rows = slice(start, start + size)
-        edges = first[rows, None] + slot
-        parts.append(Bucket(start, start + size, torch.where(slot < degree[rows, None], edges, E)))
+        slot = torch.arange(-1, K, device=centers.device)
+        edges = torch.where(slot < degree[rows, None], first[rows, None] + slot, E)
+        edges[:, 0] = E + 1
+        parts.append(Bucket(start, start + size, edges))
         start += size
     return Buckets(order, parts)
 
 
 def cut_by_degree(histogram: Sequence[int]) -> list[int]:
-    """Slots K of each bucket, rising, for ``histogram[d]`` atoms of degree d.
+    """Largest degree K of each bucket, rising, for ``histogram[d]`` atoms of degree d.
 
-    The bucket with most empty slots is cut where this saves most, until few are empty.
+    The cut that saves most is made first, until few slots are empty.
     """
     present = [(d, n) for d, n in enumerate(histogram) if n]
-    filled = sum(d * n for d, n in present)
+    filled = sum((d + 1) * n for d, n in present)
     groups = [present] if present else []
     while len(groups) < MAX_BUCKETS:
-        slots = sum(group[-1][0] * sum(n for _, n in group) for group in groups)
+        slots = sum((group[-1][0] + 1) * sum(n for _, n in group) for group in groups)
         if slots - filled <= MAX_PADDING * slots:
             break
         saving, which, where = max(
-            (
-                (group[-1][0] - group[cut - 1][0]) * sum(n for _, n in group[:cut]),
-                which,
-                cut,
-            )
+            ((group[-1][0] - group[cut - 1][0]) * sum(n for _, n in group[:cut]), which, cut)
             for which, group in enumerate(groups)
             for cut in range(1, len(group))
         )
