@@ -36,6 +36,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {**SMALL["facet"], "lmax": 3, "num_layers": 3, "message_channels": (5, 4, 3)},
     ),
     "escaip-vectors": ("escaip", {**SMALL["escaip"], "angular": "vectors", "num_layers": 1}),
+    "escaip-soft-knn": ("escaip", {**SMALL["escaip"], "graph": "soft_knn", "max_neighbors": 5}),
 }
 TORCH_F64 = dict(dtype=torch.float64)
 

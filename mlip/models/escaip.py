@@ -40,6 +40,8 @@ from mlip.nn.attention import attend, log_envelope
 from mlip.nn.buckets import bucket_by_degree
 from mlip.nn.constant import Constant
 from mlip.nn.radial import bessel
+from mlip.nn.rigid_motion import without_rigid_motion
+from mlip.nn.soft_neighbors import log_soft_knn, soft_ranks
 from mlip.nn.spherical import SphericalHarmonics, degree_of_component
 
 
@@ -59,6 +61,12 @@ class EScAIPConfig(Config):
     angular_channels: tuple[int, ...] = Field(
         (8, 2, 2, 1), description="legendre: channels of degree 0, 1, ... of a head's queries"
     )
+    graph: Literal["envelope", "soft_knn"] = Field(
+        "envelope",
+        description="weight of a neighbour: its distance's envelope, or the published soft choice "
+        "of the nearest",
+    )
+    max_neighbors: int = Field(30, ge=1, description="soft_knn: how many are chosen, softly")
     density_channels: int = Field(16, ge=1, le=512, description="channels of the density")
     num_basis: int = Field(8, ge=2, le=64, description="B, Bessel functions")
     direct_forces: bool = Field(
@@ -76,6 +84,7 @@ class Hood(NamedTuple):
     last: int
     neighbors: Tensor  # (n T,)
     reverse: Tensor  # (n T,) slot of the reversed edge among those of all buckets
+    x: Tensor  # (n, T) distance / cutoff
     unit: Tensor  # (n, T, 3) zero in slot 0
     radial: Tensor  # (n, T, B) zero in slot 0
     fade: Tensor  # (n, T) envelope; 1 in slot 0
@@ -102,12 +111,14 @@ class EScAIP(nn.Module):
             Block(c, self.angles, edges=t < c.num_layers - 1 or c.direct_forces)
             for t in range(c.num_layers)
         )
+        self.forces = DirectForces(c) if c.direct_forces else None
         self.readout = mlp((c.num_layers + 1) * c.node_hidden, c.node_hidden, 1)
 
     @property
     def receptive_field(self) -> float:
         """Angstrom; no atom farther away changes an atom's energy."""
-        return (self.config.num_layers + 1) * self.config.cutoff
+        c = self.config
+        return (c.num_layers + (1 if c.graph == "envelope" else 2)) * c.cutoff
 
     @property
     def exact_symmetry(self) -> bool:
@@ -126,10 +137,15 @@ class EScAIP(nn.Module):
         # An atom without neighbours has energy zero; squared, so that the last one leaves gently.
         count = torch.cat([hood.fade[:, 1:].sum(dim=1) for hood in hoods]).square()  # (N,)
         energy = self.readout(torch.cat(states, dim=-1)).squeeze(-1) * (count / (1 + count))
+        forces = None if self.forces is None else self.forces(h, e, hoods)
         if order is not None:
             back = torch.argsort(order)
             energy, h = energy[back], h[back]
-        return NodeOutput(energy=energy, features=h)
+            forces = None if forces is None else forces[back]
+        if forces is not None:
+            free = ~graph.pbc.any(dim=1)
+            forces = without_rigid_motion(forces, graph.positions, graph.batch, free)
+        return NodeOutput(energy=energy, features=h, forces=forces)
 
     def neighborhoods(self, graph: AtomicGraph) -> tuple[Tensor | None, list[Hood]]:
         """Sort atoms by degree (None: not necessary) and lay out their edges in few buckets."""
@@ -161,8 +177,8 @@ class EScAIP(nn.Module):
             other = (torch.arange(T, device=j.device) > 0).to(v.dtype)[:, None]  # (T, 1)
             r = v.norm(dim=-1, keepdim=True)
             unit = v / r * other
-            x = r / c.cutoff
-            log_fade = (log_envelope(x) * other)[..., 0]  # (n, T)
+            x = r[..., 0] / c.cutoff
+            log_fade = log_envelope(x) * other[:, 0]  # (n, T)
             Y = self.harmonics(unit)
             hoods.append(
                 Hood(
@@ -170,15 +186,33 @@ class EScAIP(nn.Module):
                     last=bucket.last,
                     neighbors=neighbors.flatten(),
                     reverse=reverse,
+                    x=x,
                     unit=unit,
-                    radial=bessel(x[..., 0], c.num_basis) * other,
+                    radial=bessel(x, c.num_basis) * other,
                     fade=log_fade.exp(),
                     log_fade=log_fade,
                     Y=Y,
                     angular=self.angles(Y).unsqueeze(2),
                 )
             )
-        return order, hoods
+        return order, hoods if c.graph == "envelope" else self.nearest(hoods)
+
+    def nearest(self, hoods: list[Hood]) -> list[Hood]:
+        """The same neighbourhoods with the weights of the published soft bi-kNN graph."""
+        c = self.config
+        ranks = [
+            nn.functional.pad(soft_ranks(hood.x[:, 1:] * c.cutoff, hood.fade[:, 1:]), (1, 0))
+            for hood in hoods
+        ]
+        flat = torch.cat([rank.flatten() for rank in ranks])
+        chosen = []
+        for hood, rank in zip(hoods, ranks, strict=True):
+            reverse_rank = flat.index_select(0, hood.reverse).view_as(rank)
+            log_fade = log_soft_knn(rank, reverse_rank, hood.x, c.max_neighbors)
+            # The atom itself stays; empty slots, which lie beyond the cutoff, are not chosen.
+            log_fade = torch.cat([hood.log_fade[:, :1], log_fade[:, 1:]], dim=1)
+            chosen.append(hood._replace(log_fade=log_fade, fade=log_fade.exp()))
+        return chosen
 
 
 def norm(width: int) -> nn.LayerNorm:
@@ -371,3 +405,24 @@ class Block(nn.Module):
         """(n, T, D) -> (n, T, heads, d), each channel repeated for the harmonics it meets."""
         W = weight.index_select(1, self.angles[0].channel).flatten(0, 1)
         return nn.functional.linear(x, W).unflatten(-1, (self.heads, -1))
+
+
+class DirectForces(nn.Module):
+    """Forces from the edges' states, F_i = s_i sum_j f_ij v_ij r_ij / |r_ij|.
+
+    With ``angular="legendre"`` v_ij is a number and forces rotate with the structure; with raw
+    vectors it is, as published, one number for each component, and they only learn to.
+    """
+
+    def __init__(self, c: EScAIPConfig) -> None:
+        super().__init__()
+        self.atoms = nn.Linear(c.node_hidden, 1)
+        self.edges = mlp(c.hidden, c.hidden, 1 if c.angular == "legendre" else 3)
+
+    def forward(self, h: Tensor, e: list[Tensor], hoods: list[Hood]) -> Tensor:
+        """(N, H) and the edges' states -> (N, 3)."""
+        sums = [
+            (self.edges(part) * hood.unit * hood.fade[..., None]).sum(dim=1)
+            for hood, part in zip(hoods, e, strict=True)
+        ]
+        return (1 + self.atoms(h)) * torch.cat(sums)
