@@ -193,6 +193,9 @@ class LossConfig(Config):
 
     kind: Literal["mse", "mae", "huber"] = Field("huber", description="of each residual")
     delta: float = Field(0.01, gt=0, description="huber: quadratic below, linear above")
+    energy_delta: float | None = Field(
+        None, gt=0, description="huber: the same for energies per atom; null: delta"
+    )
     l2: bool = Field(False, description="forces: norm of each atom's error vector, not components")
     energy: float = Field(10.0, ge=0, description="weight of the energy per atom")
     forces: float = Field(10.0, ge=0)

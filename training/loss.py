@@ -115,7 +115,11 @@ class Objective:
     def from_config(cls, config: LossConfig, *, has_stress: bool = True) -> Objective:
         """Terms of energy, forces and stress."""
         p = penalty(config.kind, config.delta)
-        terms: dict[str, LossTerm] = {"energy": EnergyTerm(p), "forces": ForcesTerm(p, config.l2)}
+        of_energy = penalty(config.kind, config.energy_delta or config.delta)
+        terms: dict[str, LossTerm] = {
+            "energy": EnergyTerm(of_energy),
+            "forces": ForcesTerm(p, config.l2),
+        }
         if has_stress:
             terms["stress"] = StressTerm(p)
         weights = {name: getattr(config, name) for name in terms}

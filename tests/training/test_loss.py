@@ -97,6 +97,18 @@ def test_penalties() -> None:
     assert torch.allclose(slope, torch.tensor([-1.0, 0, 0.5, 1], dtype=torch.float64))
 
 
+def test_energies_may_have_a_bend_of_their_own(toy: Potential) -> None:
+    batch = AtomicGraph.collate([labelled(molecule("H2O"))])
+    batch.energy = toy(batch)["energy"] + 3 * 0.005  # 5 meV/atom off
+    toy.train()
+    out = toy(batch)
+    only = {"energy": 1.0, "forces": 0.0, "stress": 0.0}
+    wide = Objective.from_config(LossConfig(**only))(toy, batch, out)
+    narrow = Objective.from_config(LossConfig(**only, energy_delta=0.001))(toy, batch, out)
+    assert float(wide.detach()) == pytest.approx(0.005**2 / 0.02)
+    assert float(narrow.detach()) == pytest.approx(0.005 - 0.0005)
+
+
 def test_the_second_stage_has_its_weights() -> None:
     config = LossConfig.model_validate(
         {"energy": 1, "forces": 10, "stress": 0, "stage_two": {"start": 0.5, "energy": 100}}
