@@ -1,0 +1,180 @@
+"""What EScAIP promises beyond the contract of all models: buckets, fused attention, direct
+forces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, fcc111, molecule
+from numpy.random import default_rng
+from scipy.spatial.transform import Rotation
+
+from mlip.data.graph import AtomicGraph
+from mlip.models import build
+from mlip.models.escaip import reversed_edges
+from mlip.nn import buckets
+from mlip.potential import Potential
+
+SMALL: dict[str, Any] = dict(
+    cutoff=4.0, hidden=12, node_hidden=16, num_heads=2, angular_channels=(3, 2, 1), num_basis=5
+)
+
+
+def make(seed: int = 0, **hyperparameters: Any) -> Potential:
+    torch.manual_seed(seed)
+    model = build("escaip", **{**SMALL, **hyperparameters})
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.normal_(0, 0.1)
+    return Potential(model, torch.zeros(119), scale=2.0).double().eval()
+
+
+def rattled(atoms: Atoms, seed: int = 0) -> Atoms:
+    atoms.positions += default_rng(seed).normal(0, 0.08, atoms.positions.shape)
+    return atoms
+
+
+def graph(*structures: Atoms) -> AtomicGraph:
+    return AtomicGraph.collate([AtomicGraph.from_atoms(a, 4.0) for a in structures])
+
+
+def close(a: Any, b: Any, tolerance: float) -> None:
+    torch.testing.assert_close(
+        torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=tolerance, equal_nan=True
+    )
+
+
+ETHANOL, SALT = rattled(molecule("CH3CH2OH")), rattled(bulk("NaCl", "rocksalt", a=5.5, cubic=True))
+SLAB, WATER = rattled(fcc111("Cu", (2, 2, 2), vacuum=6.0)), rattled(molecule("H2O"))
+
+
+@pytest.mark.parametrize("option", [{}, {"graph": "soft_knn", "max_neighbors": 5}])
+def test_buckets_change_nothing(option: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    potential, g = make(**option), graph(SLAB, WATER, ETHANOL, SALT)
+    results = []
+    for saving, expected in ((10**9, 1), (1, buckets.MAX_BUCKETS)):
+        monkeypatch.setattr(buckets, "MIN_SAVING", saving)
+        monkeypatch.setattr(buckets, "MAX_PADDING", 0.0)
+        assert len(buckets.bucket_by_degree(g.edge_index[1], len(g.positions)).parts) == expected
+        results.append(potential(g, stress=True))
+    for key in ("node_energy", "forces", "stress", "features"):
+        close(results[1][key], results[0][key], 1e-11)
+
+
+def test_training_and_inference_give_the_same_numbers() -> None:
+    """Plain attention there, the fused kernel here."""
+    potential, g = make(), graph(ETHANOL, SALT)
+    fused = potential(g, stress=True)
+    plain = potential.train()(g, stress=True)
+    for key in ("energy", "forces", "stress"):
+        close(plain[key].detach(), fused[key], 1e-11)
+
+
+def test_reversed_edges() -> None:
+    tiny = Atoms("Cu", positions=[[7.0, -3.0, 11.0]], cell=[2.2, 2.3, 2.4], pbc=True)
+    for g in (graph(SALT, ETHANOL, tiny), graph(Atoms("C"))):
+        j, i = g.edge_index
+        back = reversed_edges(g)
+        assert torch.equal(j[back], i) and torch.equal(i[back], j)
+        close(g.edge_vectors()[back], -g.edge_vectors(), 1e-13)
+    g = graph(ETHANOL)
+    lonely = g.replace(edge_index=g.edge_index[:, 1:], cell_shifts=g.cell_shifts[1:])
+    assert (reversed_edges(lonely) == len(lonely.cell_shifts)).sum() == 1
+    far = g.replace(cell_shifts=g.cell_shifts + 10**7)
+    with pytest.raises(ValueError, match="wrap the atoms"):
+        reversed_edges(far)
+
+
+def test_angles_matter() -> None:
+    """Two trimers with the same distances from the centre, beyond each other's reach."""
+    energies = []
+    for angle in (1.8, 2.4):
+        ends = [[2.6, 0, 0], [2.6 * np.cos(angle), 2.6 * np.sin(angle), 0]]
+        trimer = Atoms("OHH", positions=[[0, 0, 0], *ends])
+        assert trimer.get_distance(1, 2) > 4.0
+        energies.append(make()(graph(trimer))["energy"].item())
+    assert abs(energies[0] - energies[1]) > 1e-6
+
+
+def test_soft_choice_ends_with_the_nearest() -> None:
+    """In a dense crystal only about ``max_neighbors`` have weight; none beyond the cutoff has."""
+    g = graph(rattled(bulk("Cu", cubic=True)))
+    g = g.replace(vectors=g.edge_vectors())
+    (all_of_them,) = make().model.neighborhoods(g)[1]
+    (chosen,) = make(graph="soft_knn", max_neighbors=4).model.neighborhoods(g)[1]
+    count = (chosen.fade[:, 1:] > 0).sum(dim=1)
+    assert (count <= 8).all() and (count < (all_of_them.fade[:, 1:] > 0).sum(dim=1)).all()
+    assert (chosen.fade[:, 0] == 1).all()
+
+
+DIRECT = pytest.mark.parametrize("angular", ["legendre", "vectors"])
+
+
+@DIRECT
+def test_direct_forces_neither_move_nor_turn(angular: str) -> None:
+    out = make(direct_forces=True, angular=angular)(graph(ETHANOL, SALT, WATER, Atoms("O")))
+    for atoms, F in zip((ETHANOL, SALT, WATER), out["forces"].split([9, 8, 3, 1]), strict=False):
+        assert F.abs().max() > 1e-3
+        assert F.sum(dim=0).abs().max() < 1e-12
+        if not atoms.pbc.any():
+            assert np.abs(np.cross(atoms.positions, F).sum(axis=0)).max() < 1e-12
+    assert not out["forces"][-1].any()
+
+
+@DIRECT
+def test_direct_forces_keep_the_other_symmetries(angular: str) -> None:
+    potential = make(direct_forces=True, angular=angular)
+    structures = [ETHANOL, SALT, SLAB]
+    batch = potential(graph(*structures), stress=True)
+    singles = [potential(graph(a), stress=True) for a in structures]
+    for key in ("energy", "forces", "stress"):
+        close(batch[key], torch.cat([s[key] for s in singles]), 1e-10)
+    order = default_rng(0).permutation(len(SALT))
+    close(potential(graph(SALT[order]))["forces"], singles[1]["forces"][order], 1e-10)
+    moved = SALT.copy()
+    moved.translate([3.0, -50.0, 8.0])
+    close(potential(graph(moved))["forces"], singles[1]["forces"], 1e-10)
+
+
+@DIRECT
+def test_direct_forces_turn_with_the_structure_where_promised(angular: str) -> None:
+    potential = make(direct_forces=True, angular=angular)
+    assert potential.model.exact_symmetry == (angular == "legendre")
+    for g in (graph(ETHANOL), graph(SALT)):
+        for sign in (1, -1):
+            R = sign * torch.from_numpy(Rotation.random(random_state=3).as_matrix())
+            error = potential(g.rotated(R))["forces"] - potential(g)["forces"] @ R.T
+            exact = error.abs().max() < 1e-10
+            assert exact == potential.model.exact_symmetry
+
+
+def test_direct_forces_are_smooth_through_the_cutoff() -> None:
+    potential, forces = make(direct_forces=True), []
+    for r in 4.0 + np.arange(-20, 21) * 1e-4:
+        atoms = molecule("H2O") + Atoms("C")
+        atoms.positions[-1] = atoms.positions[0] + [r / np.sqrt(2), 0, r / np.sqrt(2)]
+        forces.append(potential(graph(atoms))["forces"].numpy())
+    fine, coarse = (np.abs(np.diff(forces[::n], 2, axis=0)).max() for n in (1, 2))
+    assert fine < 1e-8 and fine < 0.3 * coarse
+
+
+def test_direct_forces_can_be_trained_and_give_stress() -> None:
+    potential, g = make(direct_forces=True).train(), graph(ETHANOL, SALT)
+    target = torch.randn(g.positions.shape, dtype=torch.float64, generator=torch.manual_seed(1))
+    optimizer = torch.optim.Adam(potential.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        out = potential(g, stress=True)
+        loss = (out["forces"] - target).square().mean() + out["energy"].square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert out["stress"][0].isnan().all() and out["stress"][1].isfinite().all()
+    assert out["stress"][1].any()
