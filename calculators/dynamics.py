@@ -93,14 +93,17 @@ def run_md(
     thermostat_time, barostat_time : float, fs, of the Nose-Hoover chains
     whole_cell : bool
         ``npt``: let all of the cell change, not only its volume.
-    trajectory : file for a frame every ``interval`` steps; ASE's binary format if it ends in .traj,
-    else extxyz log : CSV file with a line every ``interval`` steps restart : bool or file
+    trajectory : file
+        A frame every ``interval`` steps; ASE's binary format if it ends in .traj, else extxyz.
+    log : CSV file with a line every ``interval`` steps
+    restart : bool or file
         Continue from the state that an earlier run left beside its trajectory
         (``<trajectory>.state.npz``), or from this file.
     seed : int, of momenta and thermostat; runs with one seed are identical
     max_force : float, eV/angstrom; the run stops beyond it
-    max_temperature : float, K; the run stops beyond it; 10 times the temperature plus 3000 K if
-    None on_step : called after every step with its number and the number of steps
+    max_temperature : float, K
+        The run stops beyond it; 10 times the temperature plus 3000 K if None.
+    on_step : called after every step with its number and the number of steps
     calculator_options : device, dtype and the like, for ``EqCalculator``
 
     Raises

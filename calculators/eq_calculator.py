@@ -227,8 +227,9 @@ class EqCalculator(Calculator):
         Parameters
         ----------
         atoms : structure; the last one if None
-        method : "autograd", "finite" (central differences of the forces) or "auto": the first where
-        it is possible displacement : float, angstrom, of the finite differences
+        method : "autograd", "finite" (central differences of the forces) or "auto"
+            "auto" takes the first where it is possible.
+        displacement : float, angstrom, of the finite differences
         """
         atoms = self._given(atoms)
         if method not in ("auto", "autograd", "finite"):

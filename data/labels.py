@@ -223,6 +223,8 @@ class LabelReader:
 
         if found := _find(options.energy_key, ENERGY_KEYS, {"info": info, "calculator": results}):
             key, place, value = found
+            if (key, place) == ("energy", "calculator") and options.energy_key is None:
+                key, value = _force_consistent(results)
             frame.energy = float(_numbers(key, value, ((), (1,))).reshape(())) * self.energy
             frame.sources["energy"] = (key, place)
         if found := _find(
@@ -243,6 +245,8 @@ class LabelReader:
         if options.group_key is not None:
             frame.group = str(info.get(options.group_key, ""))
         used = {key for key, _ in frame.sources.values()}
+        if results.get("free_energy") == results.get("energy"):
+            used.add("free_energy")  # the same number under another name
         pattern = re.compile("energy|force|stress|virial", re.IGNORECASE)
         for place, names in (("info", info), ("arrays", atoms.arrays), ("calculator", results)):
             frame.ignored += [
@@ -305,6 +309,13 @@ def _find(
             if values.get(key) is not None:
                 return str(key), place, values[key]
     return None
+
+
+def _force_consistent(results: Mapping[str, Any]) -> tuple[str, Any]:
+    """Energy of which the forces are derivatives: with smeared electrons codes also report the
+    extrapolation to zero width, which ASE calls ``energy`` then."""
+    energy, free = results["energy"], results.get("free_energy")
+    return ("energy", energy) if free is None or free == energy else ("free_energy", free)
 
 
 def _numbers(key: str, value: Any, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:

@@ -217,11 +217,24 @@ class GraphLoader:
             if len(batches[widest]) == 1:
                 widest = max(range(len(batches)), key=lambda k: (len(batches[k]), k))
             half = len(batches[widest]) // 2
-            if half == 0:  # ... and only where no batch can be halved leave the last ones out.
-                batches = batches[: len(batches) - len(batches) % W]
+            if half == 0:  # ... and where no batch can be halved join the last ones to others
+                batches = self._joined(batches, len(batches) % W)
                 break
             batches[widest : widest + 1] = [batches[widest][:half], batches[widest][half:]]
         return [self._balanced(batches[s : s + W])[self.rank] for s in range(0, len(batches), W)]
+
+    def _joined(self, batches: list[list[int]], number: int) -> list[list[int]]:
+        """The last ``number`` batches, of one structure each, added to those before them.
+
+        Where limits of size forbid that, a structure is left out of this epoch.
+        """
+        batches, rest = batches[:-number], batches[-number:]
+        for k in range(len(batches)):
+            together = [*batches[k], *(rest[-1] if rest else [])]
+            if rest and all(sizes[together].sum() <= limit for sizes, limit in self._sizes):
+                batches[k] = together
+                rest.pop()
+        return batches
 
     def _balanced(self, step: list[list[int]]) -> list[list[int]]:
         """Redistribute the structures of a step so that all ranks have about the same number of
