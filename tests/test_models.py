@@ -27,6 +27,9 @@ CUTOFF = 4.0
 SMALL: dict[str, dict[str, Any]] = {
     "facet": dict(channels=12, lmax=2, num_basis=5, hidden=16, message_channels=(6, 4)),
     "escaip": dict(hidden=12, node_hidden=16, num_heads=2, angular_channels=(3, 2, 1), num_basis=5),
+    "transip": dict(
+        hidden=20, num_layers=2, num_heads=2, head_width=4, edge_functions=6, latent=(2, 1)
+    ),
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, SMALL.get(name, {})) for name in MODELS},

@@ -48,6 +48,18 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "medium": {"hidden": 64, "node_hidden": 128, "num_layers": 2},
         "large": {"hidden": 128, "node_hidden": 256, "num_layers": 3, "num_heads": 8},
     },
+    "transip": {
+        "small": {"hidden": 96, "num_layers": 3, "num_heads": 4, "latent": (12, 2)},
+        "medium": {"hidden": 192, "num_layers": 4, "num_heads": 8, "latent": (24, 8)},
+        "large": {
+            "hidden": 384,
+            "num_layers": 8,
+            "num_heads": 12,
+            "latent": (48, 16),
+            "edge_functions": 32,
+            "edge_hidden": 128,
+        },
+    },
 }
 
 # The habitual flat names of MACE's command line; documented in docs/training.md.

@@ -13,10 +13,12 @@ from torch import nn
 from mlip.config import Config, parse
 from mlip.models.escaip import EScAIP, EScAIPConfig
 from mlip.models.facet import Facet, FacetConfig
+from mlip.models.transip import TransIP, TransIPConfig
 
 MODELS: dict[str, tuple[type[nn.Module], type[Config]]] = {
     "facet": (Facet, FacetConfig),
     "escaip": (EScAIP, EScAIPConfig),
+    "transip": (TransIP, TransIPConfig),
 }
 
 
