@@ -112,7 +112,7 @@ class EScAIP(nn.Module):
             for t in range(c.num_layers)
         )
         self.forces = DirectForces(c) if c.direct_forces else None
-        self.readout = mlp((c.num_layers + 1) * c.node_hidden, c.node_hidden, 1)
+        self.readout = readout((c.num_layers + 1) * c.node_hidden, c.node_hidden, 1)
 
     @property
     def receptive_field(self) -> float:
@@ -221,10 +221,17 @@ def norm(width: int) -> nn.LayerNorm:
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Norm and two layers; it begins as zero, so that training starts from the residual alone."""
-    last = nn.Linear(hidden, outputs, bias=False)
-    nn.init.zeros_(last.weight)
-    return nn.Sequential(norm(inputs), nn.Linear(inputs, hidden), nn.SiLU(), last)
+    """Norm and two layers."""
+    return nn.Sequential(
+        norm(inputs), nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs, bias=False)
+    )
+
+
+def readout(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """The same, zero in the beginning: training starts from the reference energies."""
+    layers = mlp(inputs, hidden, outputs)
+    nn.init.zeros_(layers[-1].get_parameter("weight"))
+    return layers
 
 
 def reversed_edges(graph: AtomicGraph) -> Tensor:
@@ -417,7 +424,7 @@ class DirectForces(nn.Module):
     def __init__(self, c: EScAIPConfig) -> None:
         super().__init__()
         self.atoms = nn.Linear(c.node_hidden, 1)
-        self.edges = mlp(c.hidden, c.hidden, 1 if c.angular == "legendre" else 3)
+        self.edges = readout(c.hidden, c.hidden, 1 if c.angular == "legendre" else 3)
 
     def forward(self, h: Tensor, e: list[Tensor], hoods: list[Hood]) -> Tensor:
         """(N, H) and the edges' states -> (N, 3)."""
