@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 
+LABELS = ("energy", "forces", "stress")
+
+
 class NodeOutput(NamedTuple):
     """What a model says about each atom."""
 
@@ -190,3 +193,30 @@ class AtomicGraph(Data):
         if "stress" in self:
             new["stress"] = R @ self.stress @ R.T
         return self.replace(**new)
+
+    def rotated_copies(self, R: Tensor) -> AtomicGraph:
+        """One batch of the structures under each of the orthogonal matrices ``R`` (K, 3, 3).
+
+        The structures of copy k follow those of copy k - 1: (K N) atoms, (K E) edges, (K G)
+        structures, without labels.  ``vectors``, if there are any, are linear functions of the
+        given ones, through which gradients pass.
+        """
+        K, (N, G) = len(R), (len(self.positions), self.num_structures)
+        copies = torch.arange(K, device=R.device)[:, None]
+
+        def turned(x: Tensor) -> Tensor:  # (M, ..., 3) -> (K M, ..., 3)
+            rows = x.reshape(-1, 3) @ R.mT.to(x.dtype)
+            return rows.reshape(K * len(x), *x.shape[1:])
+
+        made: dict[str, Any] = {
+            "edge_index": (self.edge_index[:, None] + copies * N).flatten(1),
+            "batch": (self.batch + copies * G).flatten(),
+            "ptr": torch.cat([self.ptr[:1], (self.ptr[1:] + copies * N).flatten()]),
+            "num_nodes": K * N,
+        }
+        for key, value in self._store._mapping.items():
+            if key in ("positions", "cell", "vectors"):
+                made[key] = turned(value)
+            elif key not in made and key not in LABELS:
+                made[key] = value.repeat(K, *(1,) * (value.dim() - 1))
+        return AtomicGraph(**made)

@@ -29,6 +29,7 @@ from mlip.nn.cohesion import Cohesion
 from mlip.nn.zbl import ZBL
 from mlip.potential import Potential
 from mlip.tensorfile import CheckpointError, RawTensor, digest, read_raw, write_bytes
+from mlip.wrappers import unwrapped, wrap
 
 __all__ = [
     "CheckpointError",
@@ -45,6 +46,7 @@ UPGRADES: dict[
     int, Callable[[dict[str, Any]], dict[str, Any]]
 ] = {}  # format n -> metadata of format n + 1
 UNITS = {"energy": "eV", "length": "angstrom", "forces": "eV/angstrom", "stress": "eV/angstrom^3"}
+MAX_WRAPPERS = 4
 MINIMUM_TORCH = (2, 10)  # older ones have known holes in reading files
 DTYPES = {
     "F64": torch.float64,
@@ -133,13 +135,15 @@ def save(potential: Potential, path: str | Path, **extra: Any) -> None:
     """
     import e3nn
 
+    model, wrappers = unwrapped(potential.model)
     metadata = {
-        **_finite(potential.metadata),
+        **{key: x for key, x in _finite(potential.metadata).items() if key != "wrappers"},
         **_finite(extra),
         "kind": "potential",
         "format": FORMAT,
-        "model": name_of(potential.model),
-        "hyperparameters": potential.model.config.model_dump(mode="json"),
+        "model": name_of(model),
+        "hyperparameters": model.config.model_dump(mode="json"),
+        **({"wrappers": wrappers} if wrappers else {}),
         "repulsion": "zbl" if potential.repulsion is not None else None,
         "elements": [chemical_symbols[z] for z in potential.elements],
         "cutoff": potential.cutoff,
@@ -215,6 +219,8 @@ def _rebuilt(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Potential:
         _Budget(sum(tensor.numel() for tensor in stored.values())),
     ):
         model = build(name, **hyperparameters)
+        for entry in _wrappers(metadata):
+            model = wrap(model, **entry)
     repulsion = ZBL() if metadata["repulsion"] == "zbl" else None
     cohesion = Cohesion(tensors["cohesion.energies"]) if "cohesion.energies" in tensors else None
     e0, scale = tensors["e0"], tensors["scale"]
@@ -233,6 +239,20 @@ def _rebuilt(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Potential:
     if metadata["elements"] != symbols or metadata["cutoff"] != potential.cutoff:
         raise ValueError("elements or cutoff in its metadata are not those of the model")
     return potential
+
+
+def _wrappers(metadata: dict[str, Any]) -> list[dict[str, Any]]:
+    """Entries ``{"name": ..., option: value}``, innermost first; files without wrappers have
+    none."""
+    entries = metadata.get("wrappers", [])
+    if not isinstance(entries, list) or len(entries) > MAX_WRAPPERS:
+        raise ValueError(f"its wrappers are not a list of at most {MAX_WRAPPERS}")
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise ValueError("a wrapper in it has no name")
+        if "model" in entry:
+            raise ValueError("a wrapper in it names a model")
+    return entries
 
 
 def _check_fit(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:

@@ -53,6 +53,8 @@ def describe(model: str | Path) -> str:
         f"{path.name}: {_text(kind)}, {len(tensors)} tensors, {size / 1e6:.2f} MB, checksum right"
     ]
     if kind == "potential":
+        if "wrappers" in metadata:  # said of those that have any
+            metadata["model"] = _wrapped(metadata.get("model"), metadata.pop("wrappers"))
         for key, words in FIELDS.items():
             lines += _entry(words, metadata.pop(key, "not stated"), indent=2)
     for key in sorted(metadata):
@@ -60,6 +62,17 @@ def describe(model: str | Path) -> str:
     if len(lines) > MAX_LINES:
         lines[MAX_LINES:] = [f"  ... {len(lines) - MAX_LINES} more lines"]
     return "\n".join(lines)
+
+
+def _wrapped(model: Any, wrappers: Any) -> str:
+    """``facet in rotation_averaging (rotations octahedral, mirrors False)``."""
+    text = _text(model)
+    for entry in wrappers if isinstance(wrappers, list) else [wrappers]:
+        options = dict(entry) if isinstance(entry, dict) else {"name": entry}
+        name = _text(options.pop("name", "unknown"))
+        words = ", ".join(f"{_text(key)} {_value(x)}" for key, x in options.items())
+        text += f" in {name}" + (f" ({words})" if words else "")
+    return text
 
 
 def _entry(words: str, value: Any, indent: int) -> Iterator[str]:

@@ -78,6 +78,15 @@ class Potential(nn.Module):
         """Dtype of the model's parameters, in which it computes."""
         return next(self.model.parameters()).dtype
 
+    def with_model(self, model: EnergyModel) -> Potential:
+        """Potential of another energy model with everything else of this one, in its mode."""
+        other = Potential(
+            model, self.e0, float(self.scale), self.repulsion, self.cohesion, self.metadata
+        )
+        other.to(self.e0.device)
+        other.training = self.training
+        return other
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .to(float32) is meant for the network: reference energies stay float64 and only change
         # device.

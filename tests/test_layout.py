@@ -28,6 +28,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "mlip.nn": ({"mlip.nn"}, {"e3nn"}),
     "mlip.nn.zbl": ({"mlip.nn"}, {"ase.data", "ase.units"}),
     "mlip.nn.cohesion": ({"mlip.nn"}, {"ase.data"}),
+    "mlip.nn.rotations": ({"mlip.nn"}, {"scipy"}),
     "mlip.data": (
         {"mlip.data", "mlip.config"},
         {"ase", "h5py", "matscipy", "torch_geometric", "rich", "scipy"},
@@ -36,8 +37,12 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"mlip.models", "mlip.nn", "mlip.data.graph", "mlip.config"},
         {"pydantic", "e3nn"},
     ),
-    "mlip.wrappers": ({"mlip.nn", "mlip.data.graph", "mlip.config"}, {"pydantic"}),
+    "mlip.wrappers": (
+        {"mlip.wrappers", "mlip.nn", "mlip.data.graph", "mlip.config"},
+        {"pydantic"},
+    ),
     "mlip.potential": ({"mlip.nn", "mlip.data.graph"}, set()),
+    "mlip.rotation_orbit": ({"mlip.potential", "mlip.nn", "mlip.data.graph"}, set()),
     "mlip.pretrained": (set(), set()),
     "mlip.tensorfile": (set(), {"safetensors"}),
     "mlip.modelcard": ({"mlip.pretrained", "mlip.tensorfile"}, set()),
@@ -47,8 +52,9 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"safetensors", "ase.data", "e3nn"},
     ),
     "mlip.evaluation": (
-        {"mlip.evaluation", "mlip.potential", "mlip.checkpoint", "mlip.data", "mlip.pretrained"},
-        {"ase", "matplotlib", "rich", "scipy"},
+        {"mlip.evaluation", "mlip.potential", "mlip.checkpoint", "mlip.data", "mlip.pretrained"}
+        | {"mlip.tensorfile", "mlip.nn", "mlip.rotation_orbit"},
+        {"ase", "h5py", "matplotlib", "rich", "scipy"},
     ),
     "mlip.training": (
         {"mlip.training", "mlip.evaluation", "mlip.checkpoint", "mlip.potential", "mlip.data"}
@@ -57,7 +63,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         | {"wandb", "e3nn"},
     ),
     "mlip.calculators": (
-        {"mlip.calculators", "mlip.checkpoint", "mlip.pretrained", "mlip.potential", "mlip.data"},
+        {"mlip.calculators", "mlip.checkpoint", "mlip.pretrained", "mlip.potential", "mlip.data"}
+        | {"mlip.rotation_orbit", "mlip.wrappers"},
         {"ase", "matscipy", "matplotlib", "rich", "scipy", "spglib"},
     ),
     "mlip.cli": ({"mlip"}, {"typer", "rich", "ase"}),
