@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlip.data.graph import AtomicGraph
 
@@ -28,6 +28,45 @@ def random_rotation(generator: torch.Generator) -> Tensor:
     )
 
 
+def random_rotations(
+    num: int, *, reflect: bool = True, generator: torch.Generator | None = None
+) -> Tensor:
+    """(num, 3, 3) float64, uniform over O(3), or over SO(3) without ``reflect``.
+
+    Without a generator the numbers are those of torch's own, whose state a training saves.
+    """
+    q = nn.functional.normalize(torch.randn(num, 4, generator=generator, dtype=torch.float64))
+    w, v = q[:, 0, None, None], q[:, 1:]
+    # R = (w^2 - v^2) 1 + 2 v v^T + 2 w [v]x
+    cross = torch.linalg.cross(v[:, None], torch.eye(3, dtype=q.dtype)[None]).mT
+    R = (
+        (2 * w * w - 1) * torch.eye(3, dtype=q.dtype)
+        + 2 * v[:, :, None] * v[:, None]
+        + 2 * w * cross
+    )
+    if reflect:
+        sign = torch.randint(2, (num, 1, 1), generator=generator)
+        R = R * (2 * sign - 1)
+    return R
+
+
+def rotated_each(graph: AtomicGraph, R: Tensor) -> AtomicGraph:
+    """Copy in which structure k and its labels are rotated by ``R[k]`` (G, 3, 3)."""
+    of_atom = R.index_select(0, graph.batch)  # (N, 3, 3)
+    new = {
+        "positions": (of_atom @ graph.positions[:, :, None])[:, :, 0],
+        "cell": graph.cell @ R.mT,
+    }
+    if "vectors" in graph:
+        of_edge = of_atom.index_select(0, graph.edge_index[1]).to(graph.vectors.dtype)
+        new["vectors"] = (of_edge @ graph.vectors[:, :, None])[:, :, 0]
+    if "forces" in graph:
+        new["forces"] = (of_atom @ graph.forces[:, :, None])[:, :, 0]
+    if "stress" in graph:
+        new["stress"] = R @ graph.stress @ R.mT
+    return graph.replace(**new)
+
+
 class RandomRotation:
     """Rotate a structure and its labels at random.
 
@@ -44,6 +83,28 @@ class RandomRotation:
         if self.reflect and torch.rand((), generator=generator) < 0.5:
             R = -R
         return graph.rotated(R)
+
+
+class RandomReflection:
+    """Mirror a structure and its labels, with probability 1/2, at a plane of random direction."""
+
+    def __call__(self, graph: AtomicGraph, generator: torch.Generator) -> AtomicGraph:
+        n = nn.functional.normalize(torch.randn(3, generator=generator, dtype=torch.float64), dim=0)
+        if torch.rand((), generator=generator) < 0.5:
+            return graph
+        return graph.rotated(torch.eye(3, dtype=n.dtype) - 2 * torch.outer(n, n))
+
+
+class SeveralViews:
+    """Show each structure ``num`` times, each time transformed anew: a graph of ``num``
+    structures."""
+
+    def __init__(self, transform: Transform, num: int) -> None:
+        self.transform, self.num = transform, num
+
+    def __call__(self, graph: AtomicGraph, generator: torch.Generator) -> AtomicGraph:
+        views = [self.transform(graph, generator) for _ in range(self.num)]
+        return AtomicGraph.collate(views)
 
 
 class Compose:

@@ -38,6 +38,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "facet",
         {**SMALL["facet"], "lmax": 3, "num_layers": 3, "message_channels": (5, 4, 3)},
     ),
+    "transip-irreps": ("transip", {**SMALL["transip"], "tokens": "irreps"}),
     "escaip-vectors": ("escaip", {**SMALL["escaip"], "angular": "vectors", "num_layers": 1}),
     "escaip-soft-knn": ("escaip", {**SMALL["escaip"], "graph": "soft_knn", "max_neighbors": 5}),
 }
