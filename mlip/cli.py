@@ -312,6 +312,65 @@ def evaluate(
 
 
 @app.command()
+def nero(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL... DATA", help="Models, then one file of structures (.h5 or ASE's)."
+        ),
+    ],
+    out: Annotated[str, typer.Option(help="Folder for page, figures and arrays.")],
+    name: Annotated[
+        list[str] | None, typer.Option(help="What a model is called; once for each model.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Structures, evenly spaced over the file.")] = 16,
+    grid: Annotated[int, typer.Option(help="Rings of the sphere; cost grows as its cube.")] = 10,
+    group: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="rotations, reflections, plane, translations, permutations or cells; may be "
+            "repeated. [default: all]",
+            show_default=False,
+        ),
+    ] = None,
+    figures: Annotated[bool, typer.Option(help="Also figures as PNG and PDF.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32 or float64. [default: the model's]", show_default=False)
+    ] = "",
+) -> None:
+    """Errors of models over all poses of a structure: is the symmetry known, and where is it not.
+
+    \b
+    Examples:
+      mlip nero runs/a/best.safetensors runs/b/best.safetensors test.h5 --out orbits
+      mlip nero silicon si.cif --out orbits --group rotations --group cells
+    """
+    from rich.console import Console
+
+    from mlip.evaluation.nero import summary
+    from mlip.evaluation.nero_report import nero_report
+
+    if len(paths) < 2:
+        raise ValueError("give at least one model and the structures: mlip nero MODEL... DATA")
+    with Console(stderr=True).status("orbits") as status:
+        result = nero_report(
+            paths[:-1],
+            paths[-1],
+            out,
+            names=name or (),
+            samples=samples,
+            grid=grid,
+            groups=group or None,
+            figures=figures,
+            device=device,
+            dtype=dtype,
+            progress=lambda model, number: status.update(f"{model}: sample {number + 1}"),
+        )
+    typer.echo(f"{summary(result)}\n\nopen {os.path.join(out, 'nero.html')}")
+
+
+@app.command()
 def config(
     preset: Annotated[str, typer.Option(help="small, medium or large.")] = "medium",
     model: Annotated[str, typer.Option(help="Name of the model.")] = "facet",
