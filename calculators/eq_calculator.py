@@ -8,6 +8,11 @@ Energy, forces and stress come from one call of the model and are kept until the
 Units are ASE's: eV, eV/angstrom, eV/angstrom^3; stress in the order xx yy zz yz xz xy with the sign
 of (1/V) dE/d eps.
 
+Of a model whose symmetry is learned, ``symmetrize`` gives the mean over rotated copies of the
+structure, exactly invariant under the group it names, with forces that are exactly the gradient of
+the mean energy; and the spread over the copies as an uncertainty: energy_spread (eV) and
+forces_spread (N,) (eV/angstrom).
+
 A committee gives means under the usual names, and for X in energy, forces, stress the population
 variance X_var and the members' values X_comm.
 """
@@ -37,14 +42,17 @@ from mlip.calculators.model_sources import (
     parse_dtype,
 )
 from mlip.calculators.neighbor_cache import NeighborCache
+from mlip.calculators.rotation_spread import averaged, has_spread, with_spread
 from mlip.calculators.structure_checks import check_distances, check_structure
 from mlip.data.graph import AtomicGraph
 from mlip.potential import Potential
+from mlip.wrappers.rotation_averaging import RotationAveragingConfig
 
 SINGLE = ("energy", "free_energy", "energies", "node_energy", "forces", "stress")
 SPREAD = tuple(
     f"{name}_{kind}" for name in ("energy", "forces", "stress") for kind in ("var", "comm")
 )
+ORBIT_SPREAD = ("energy_spread", "forces_spread")
 MODEL_ALIASES = ("model_paths", "model_path", "models", "checkpoint")
 # Options of other packages' calculators that have no meaning here; they change nothing.
 FOREIGN = (
@@ -72,6 +80,10 @@ class EqCalculator(Calculator):
     skin : float, angstrom
         The neighbour list is reused until an atom could have come this much closer.  Results do not
         depend on it.
+    symmetrize : str or RotationAveragingConfig, optional
+        Average over rotated copies: ``"octahedral"`` (24), ``"icosahedral"`` (60),
+        ``"lebedev-11"`` (600), or another rule of ``mlip.nn.rotations``; with ``"+mirrors"`` at the
+        end over reflections, too, which doubles the copies.  Costs as many times the model.
     energy_units_to_eV, length_units_to_A : float
         Units of a model that was trained in others.
     info_keys : dict
@@ -98,6 +110,7 @@ class EqCalculator(Calculator):
         device: str | torch.device | None = "auto",
         dtype: str | torch.dtype | None = None,
         skin: float = 0.5,
+        symmetrize: str | RotationAveragingConfig | None = None,
         energy_units_to_eV: float = 1.0,
         length_units_to_A: float = 1.0,
         info_keys: Mapping[str, str] | None = None,
@@ -121,6 +134,7 @@ class EqCalculator(Calculator):
             False
         ):  # weights made in inference mode could not be differentiated through
             self.potentials = own_potentials(model, self.device, parse_dtype(dtype))
+            self.potentials = averaged(self.potentials, symmetrize)
         self.skin = skin
         self._energy_unit, self._length_unit = float(energy_units_to_eV), float(length_units_to_A)
         self._info_keys = _parse_info_keys(info_keys)
@@ -131,7 +145,10 @@ class EqCalculator(Calculator):
         self._inputs = sorted({name for p in self.potentials for name in graph_inputs(p)})
         self._warned: set[str] = set()
         self._lock = threading.RLock()
+        self._has_spread = all(has_spread(p) for p in self.potentials)
         self.implemented_properties = [*SINGLE, *(SPREAD if len(self.potentials) > 1 else ())]
+        if self._has_spread:
+            self.implemented_properties += ORBIT_SPREAD
         Calculator.__init__(self, **of_ase)
         name = model if isinstance(model, str) else type(model).__name__
         self.parameters.update(model=name, device=str(self.device), dtype=str(self.dtype)[6:])
@@ -296,7 +313,7 @@ class EqCalculator(Calculator):
         check_structure(atoms, self._known)
         with _shielded(self.device):
             graphs = {cutoff: self._graph(atoms, cutoff) for cutoff in self._caches}
-            return [(p(graphs[p.cutoff], stress=stress), p) for p in self.potentials]
+            return [(with_spread(p, graphs[p.cutoff], stress), p) for p in self.potentials]
 
     def _evaluate(self, atoms: Atoms) -> dict[str, Any]:
         periodic = bool(atoms.pbc.all())
@@ -310,6 +327,9 @@ class EqCalculator(Calculator):
                 "node_energy": energies - potential.e0.cpu().numpy()[atoms.numbers] * e,
                 "forces": output["forces"].cpu().numpy() * f,
             }
+            if self._has_spread:
+                member["energy_spread"] = np.float64(output["energy_spread"].item() * e)
+                member["forces_spread"] = output["forces_spread"].cpu().numpy() * f
             if periodic:
                 stress = output["stress"][0].cpu().numpy() * (f / self._length_unit**2)
                 member["stress"] = full_3x3_to_voigt_6_stress(stress)
@@ -323,8 +343,9 @@ class EqCalculator(Calculator):
                 results[f"{key}_var"] = stack.var(axis=0)
                 results[f"{key}_comm"] = stack
         results["energy"] = results["free_energy"] = float(results["energy"])
-        if len(members) > 1:
-            results["energy_var"] = float(results["energy_var"])
+        for key in ("energy_var", "energy_spread"):
+            if key in results:
+                results[key] = float(results[key])
         return results
 
     def _twice_differentiable(self, atoms: Atoms) -> bool:
@@ -430,7 +451,7 @@ def _take_alias(options: dict[str, Any], aliases: Sequence[str], name: str, valu
 def _refuse_unknown(options: dict[str, Any]) -> None:
     names = (
         "model", "device", "dtype", "skin", "energy_units_to_eV", "length_units_to_A", "info_keys",
-        "default_dtype", "use_device", "atoms", "directory", "label", *MODEL_ALIASES,
+        "symmetrize", "default_dtype", "use_device", "atoms", "directory", "label", *MODEL_ALIASES,
     )  # fmt: skip
     for key, value in options.items():
         if key not in FOREIGN:

@@ -78,7 +78,7 @@ class Potential(nn.Module):
         """Dtype of the model's parameters, in which it computes."""
         return next(self.model.parameters()).dtype
 
-    def with_model(self, model: EnergyModel) -> Potential:
+    def with_model(self, model: Any) -> Potential:
         """Potential of another energy model with everything else of this one, in its mode."""
         other = Potential(
             model, self.e0, float(self.scale), self.repulsion, self.cohesion, self.metadata

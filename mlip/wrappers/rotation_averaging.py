@@ -43,13 +43,17 @@ class RotationAveraging(nn.Module):
     Parameters
     ----------
     model : the energy model
-    options : a ``RotationAveragingConfig``, or the name of a rule such as "icosahedral"
+    options : a ``RotationAveragingConfig``, or the name of a rule such as "icosahedral", or
+        "icosahedral+mirrors"
     """
 
     def __init__(self, model: Any, options: RotationAveragingConfig | str = "octahedral") -> None:
         super().__init__()
         if isinstance(options, str):
-            options = RotationAveragingConfig(rotations=options)
+            name, plus, more = options.partition("+")
+            if plus and more != "mirrors":
+                raise ValueError(f"rotations '{options}': after the + there can be only 'mirrors'")
+            options = RotationAveragingConfig(rotations=name, mirrors=bool(plus))
         self.model = model
         self.options = options
         self.matrices = Constant(self.rotations.matrices)

@@ -1,0 +1,47 @@
+"""Means over rotated copies in a calculator, with the spread over the copies as an uncertainty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mlip.data.graph import AtomicGraph
+from mlip.potential import Potential
+from mlip.rotation_orbit import rotation_orbit
+from mlip.wrappers.rotation_averaging import RotationAveraging, RotationAveragingConfig
+
+
+def averaged(
+    potentials: Sequence[Potential], rotations: str | RotationAveragingConfig | None
+) -> list[Potential]:
+    """The potentials with the mean over rotations of their models; as they are if None."""
+    if rotations is None:
+        return list(potentials)
+    return [p.with_model(RotationAveraging(p.model, rotations)) for p in potentials]
+
+
+def has_spread(potential: Potential) -> bool:
+    """Whether the potential is a mean over rotations."""
+    return isinstance(potential.model, RotationAveraging)
+
+
+def with_spread(potential: Potential, graph: AtomicGraph, stress: bool) -> dict[str, Tensor]:
+    """Output of a potential in evaluation mode.
+
+    Of a mean over rotations all copies are evaluated one by one, at the same cost: the result is
+    the same, and ``energy_spread`` (G,) eV and ``forces_spread`` (N,) eV/angstrom come with it.
+    """
+    wrapper = potential.model
+    if not isinstance(wrapper, RotationAveraging):
+        output: dict[str, Tensor] = potential(graph, stress=stress)
+        return output
+    orbit = rotation_orbit(
+        potential.with_model(wrapper.model),
+        graph,
+        wrapper.rotations,
+        stress=stress,
+        max_edges=wrapper.options.max_edges,
+    )
+    spread = {"energy_spread": orbit.energy_spread(), "forces_spread": orbit.forces_spread()}
+    return orbit.consensus() | spread
