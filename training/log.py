@@ -27,6 +27,7 @@ COLUMNS = (
             *(f"{part}_{q}_{kind}" for q in QUANTITIES for kind in ("mae", "rmse")),
         )
     ),
+    *(f"valid_symmetry_{q}_rms" for q in ("energy", "forces")),
 )
 
 

@@ -27,9 +27,10 @@ from mlip.data.dataset import HDF5Dataset, split, split_by_file
 from mlip.data.duplicates import find_duplicates
 from mlip.data.loader import GraphLoader
 from mlip.data.statistics import Statistics, compute_statistics, format_statistics, require_elements
-from mlip.data.transforms import RandomRotation
+from mlip.data.transforms import RandomReflection, RandomRotation, SeveralViews, Transform
 from mlip.evaluation.evaluate import Pairs, evaluate
 from mlip.evaluation.metrics import UNITS, Errors, table
+from mlip.evaluation.symmetry import SymmetryReport, sampled_symmetry_errors
 from mlip.models import build
 from mlip.nn.cohesion import Cohesion
 from mlip.nn.zbl import ZBL
@@ -39,6 +40,7 @@ from mlip.training.config import DataConfig, TrainConfig, hyperparameters, to_ya
 from mlip.training.log import read_rows
 from mlip.training.loss import Objective
 from mlip.training.signals import StopSignals
+from mlip.training.symmetry_losses import symmetry_terms
 from mlip.training.trainer import BEST, LAST, STATE, Trainer
 
 if TYPE_CHECKING:
@@ -91,6 +93,11 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         loader = _train_loader(config.data, data.train, config.seed, pin=device.type == "cuda")
         has_stress = data.statistics.num_labels.get("stress", 0) > 0
         objective = Objective.from_config(config.loss, has_stress=has_stress)
+        if config.symmetry.active:
+            given = is_uniform(config)
+            objective = objective.extended(
+                *symmetry_terms(config.symmetry, potential, data.valid[0], given=given)
+            )
         bar = _progress_bar(config, console)
         with bar as on_step:
             trainer = Trainer(
@@ -154,8 +161,7 @@ def prepare_data(config: TrainConfig) -> RunData:
         duplicates = find_duplicates({"train": train_set, "valid": valid, **tests})
         if duplicates.across:
             logger.warning("%s", duplicates.describe())
-    if d.augment == "rotations":
-        train_set.transform = RandomRotation()
+    train_set.transform = augmentation(d)
     logger.info("%d structures to train on, %d to validate", len(train_set), len(valid))
     files = {str(path): path for path in (d.train, d.valid, *d.test) if path is not None}
     return RunData(
@@ -165,6 +171,24 @@ def prepare_data(config: TrainConfig) -> RunData:
         statistics,
         {name: file_sha256(path) for name, path in files.items()},
     )
+
+
+def augmentation(d: DataConfig) -> Transform | None:
+    """What is done to a training structure each time it is read."""
+    if d.augment == "none":
+        return None
+    transform: Transform = (
+        RandomReflection()
+        if d.augment == "reflections"
+        else RandomRotation(reflect=d.augment == "rotations")
+    )
+    return SeveralViews(transform, d.views) if d.views > 1 else transform
+
+
+def is_uniform(config: TrainConfig) -> bool:
+    """Whether augmented structures are uniform draws from the group of the symmetry terms."""
+    rotations_too = not config.symmetry.reflect and config.data.augment == "proper_rotations"
+    return config.data.augment == "rotations" or rotations_too
 
 
 def make_potential(config: TrainConfig, data: RunData) -> tuple[TrainConfig, Potential]:
@@ -196,9 +220,42 @@ def make_potential(config: TrainConfig, data: RunData) -> tuple[TrainConfig, Pot
     metadata = {k: v for k, v in metadata.items() if v is not None}
     potential = Potential(model, s.e0, scale, repulsion, cohesion, metadata)
     potential.to(torch.float64 if config.precision.dtype == "float64" else torch.float32)
+    if config.init_from is not None:
+        start_from(potential, config.init_from)
     number = sum(p.numel() for p in potential.parameters())
     logger.info("%s: %d parameters, energies in units of %.4g eV", config.model.name, number, scale)
     return config, potential
+
+
+def start_from(potential: Potential, path: Path) -> None:
+    """Give a new potential the weights of a saved one: staged training.
+
+    Scale and energies of cohesion go with the weights, reference energies stay those of the data.
+
+    Raises
+    ------
+    ValueError
+        If they are different models in more than heads for direct forces.
+    """
+    old = checkpoint.load(path)
+    ours, theirs = potential.model.state_dict(), old.model.state_dict()
+    odd = [
+        key
+        for key in sorted(ours.keys() | theirs.keys())
+        if (key in ours and key in theirs and ours[key].shape != theirs[key].shape)
+        or ((key in ours) != (key in theirs) and not key.startswith("forces."))
+    ]
+    if type(old.model) is not type(potential.model) or odd:
+        raise ValueError(
+            f"init_from: {path} is another model than the configured one"
+            + (f"; they differ in {', '.join(odd[:3])}" if odd else "")
+        )
+    known = {key: value for key, value in theirs.items() if key in ours}
+    potential.model.load_state_dict({**ours, **known})
+    potential.scale.copy_(old.scale)
+    if potential.cohesion is not None and old.cohesion is not None:
+        potential.cohesion.load_state_dict(old.cohesion.state_dict())
+    logger.info("weights of %s", path)
 
 
 def fit_cohesion(train: HDF5Dataset, e0: Tensor) -> Cohesion | None:
@@ -225,7 +282,8 @@ def fit_cohesion(train: HDF5Dataset, e0: Tensor) -> Cohesion | None:
 
 
 def report(config: TrainConfig, data: RunData, device: torch.device) -> dict[str, Errors]:
-    """Errors of the best model by data set and config type: table, plots, and in the model file."""
+    """Errors of the best model by data set and config type, with its symmetry error: tables, plots,
+    and in the model file."""
     path = config.run_dir / BEST
     if not path.is_file():
         logger.warning("no validation was finite; reporting the last model instead of the best")
@@ -234,6 +292,7 @@ def report(config: TrainConfig, data: RunData, device: torch.device) -> dict[str
     sample = data.train.subset(range(0, len(data.train), -(-len(data.train) // TRAIN_SAMPLE)))
     sample.transform = None
     totals: dict[str, Errors] = {}
+    symmetry: dict[str, SymmetryReport] = {}
     points = {}
     texts = []
     for name, part in {"train": sample, "valid": data.valid, **data.tests}.items():
@@ -242,15 +301,19 @@ def report(config: TrainConfig, data: RunData, device: torch.device) -> dict[str
             potential, part, batch_size=config.data.valid_batch_size, on_batch=pairs.add
         )
         totals[name] = sums.total()
+        symmetry[name] = sampled_symmetry_errors(potential, part, stress="stress" in totals[name])
         points[name] = pairs.arrays()
         if len(sums.names) > 1:
             rows = {**sums.by_type(), "all": totals[name]}
             texts.append(table(rows, title=name))
-    texts.append(table(totals, title=path.name))
+    lines = [f"{name}: {report.text()}" for name, report in symmetry.items()]
+    texts.append("\n".join([table(totals, title=path.name), *lines]))
     text = "\n\n".join(texts)
     logger.info("%s", text)
     (config.run_dir / "errors.txt").write_text(text + "\n", encoding="utf-8")
-    checkpoint.save(potential, path, errors={name: _described(e) for name, e in totals.items()})
+    checkpoint.save(
+        potential, path, errors={name: _described(e, symmetry[name]) for name, e in totals.items()}
+    )
     if config.logging.plots:
         from mlip.evaluation.plots import learning_curve, parity_plot
 
@@ -295,6 +358,10 @@ def _wants_resume(config: TrainConfig) -> bool:
 def _fingerprint(config: TrainConfig, data: RunData) -> dict[str, Any]:
     """What decides the course of a training besides its state; its length may change."""
     dump = config.model_dump(mode="json")
+    # What is off is left out: states from before the option was there stay readable.
+    optional: dict[str, Any] = {"symmetry": dump["symmetry"]} if config.symmetry.active else {}
+    if config.data.views > 1:
+        optional["views"] = config.data.views
     keys = (
         "batch_size",
         "max_atoms",
@@ -315,6 +382,7 @@ def _fingerprint(config: TrainConfig, data: RunData) -> dict[str, Any]:
         "ema": dump["optimizer"]["ema_decay"] is not None,
         "seed": config.seed,
         "processes": distributed.world_size(),
+        **optional,
     }
 
 
@@ -348,12 +416,18 @@ def _without_isolated(dataset: HDF5Dataset, name: str) -> HDF5Dataset:
     return dataset.subset(~isolated)
 
 
-def _described(errors: Errors) -> dict[str, float]:
-    return {
-        f"{q} {kind.upper()} / {UNITS[q]}": float(f"{1000 * e[kind]:.4g}")
+def _described(errors: Errors, symmetry: SymmetryReport) -> dict[str, float]:
+    milli = {
+        f"{q} {kind.upper()} / {UNITS[q]}": 1000 * e[kind]
         for q, e in errors.items()
         for kind in ("mae", "rmse")
     }
+    milli |= {
+        f"{q} symmetry error / {UNITS[q]}": 1000 * e.rms
+        for q, e in symmetry.errors.items()
+        if q in errors
+    }
+    return {name: float(f"{value:.4g}") for name, value in milli.items()}
 
 
 def _text(renderable: Any) -> str:

@@ -32,6 +32,7 @@ from mlip.data.graph import AtomicGraph
 from mlip.data.loader import GraphLoader
 from mlip.evaluation.evaluate import evaluate
 from mlip.evaluation.metrics import Errors, ErrorSums, flat, line
+from mlip.evaluation.symmetry import SymmetryReport, sampled_symmetry_errors
 from mlip.potential import Potential
 from mlip.training import distributed, state
 from mlip.training.config import TrainConfig
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 STATE, BEST, LAST = "state.safetensors", "best.safetensors", "last.safetensors"
 DIVERGED = 1e12  # a loss or gradient of this size is as bad as NaN: weights that explode in float64
+SYMMETRY_STRUCTURES, SYMMETRY_COPIES = 8, 4  # of the symmetry error in the log
 CHECK_EVERY = 16  # steps between looks at the loss on a GPU, which each look makes wait
 
 
@@ -92,8 +94,12 @@ class Trainer:
         self.on_step = on_step
         self.device = potential.e0.device
         distributed.broadcast(potential.state_dict().values())
+        distributed.broadcast(objective.modules.state_dict().values())
         self.parameters = [p for p in potential.parameters() if p.requires_grad]
-        self.optimizers = make_optimizers(potential, config.optimizer)
+        self.trained = [*self.parameters, *objective.modules.parameters()]
+        self.optimizers = make_optimizers(
+            torch.nn.ModuleList([potential, objective.modules]), config.optimizer
+        )
         decay = config.optimizer.ema_decay
         self.ema = None if decay is None else AveragedWeights(self.parameters, decay)
         self.plateau = Plateau(self.schedule.factor, self.schedule.plateau_patience)
@@ -111,6 +117,7 @@ class Trainer:
         self.valid_seconds = 0.0
         self.best, self.best_epoch, self.waited = math.inf, -1, 0
         self.valid_errors: Errors = {}
+        self.symmetry: SymmetryReport | None = None  # of the first process
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.loss_steps = 0
         self.sums = ErrorSums(device=self.device)
@@ -210,8 +217,8 @@ class Trainer:
                 "neighbour pairs in a batch; lower data.batch_size or data.max_atoms "
                 f"(the saved state in {self.run_dir} is intact)"
             ) from None
-        distributed.sum_gradients(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.norm_limit)
+        distributed.sum_gradients(self.trained)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.norm_limit)
         loss = loss.detach()
         self._unchecked.append((graph.frame, loss + norm))
         if len(self._unchecked) >= self.check_every:
@@ -220,6 +227,11 @@ class Trainer:
             optimizer.step()
         if self.ema is not None:
             self.ema.update()
+        if self.objective.acts_on_weights:
+            self.objective.after_step(self.potential)
+            if self.ema is not None:
+                with self.averaged():
+                    self.objective.after_step(self.potential)
 
         self.step += 1
         self.loss_sum += loss
@@ -265,6 +277,7 @@ class Trainer:
             row |= {
                 "valid_loss": self.score(self.valid_errors),
                 **flat(self.valid_errors, "valid_"),
+                **(self.symmetry.flat("valid_") if self.symmetry else {}),
             }
         loss = float(distributed.all_sum(self.loss_sum)) / max(1, self.loss_steps)
         totals = ErrorSums(device=self.device)
@@ -275,6 +288,7 @@ class Trainer:
         text = f"epoch {self.epoch + 1:4d}  loss {loss:.4g}  train {line(totals.total())}"
         if "valid_loss" in row:
             text += f"  valid {line(self.valid_errors)}"
+            text += f"  symmetry {self.symmetry.line()}" if self.symmetry else ""
             text += "  *" if self.best_epoch == self.epoch else ""
         logger.info("%s  lr %.2g  %.0f s", text, row["learning_rate"], self.clock)
 
@@ -299,6 +313,13 @@ class Trainer:
                 stress=self.objective.needs_stress,
                 stop=lambda: bool(self.signals.received),
             )
+            if distributed.rank() == 0 and not self.signals.received:
+                self.symmetry = sampled_symmetry_errors(
+                    self.potential,
+                    self.valid,
+                    structures=SYMMETRY_STRUCTURES,
+                    copies=SYMMETRY_COPIES,
+                )
             total = ErrorSums(device=self.device)
             total.sums = distributed.all_sum(sums.sums.sum(dim=1, keepdim=True))
             stop, seconds = distributed.all_max(
@@ -350,6 +371,7 @@ class Trainer:
         if distributed.rank() == 0:
             tensors = {
                 **state.prefixed("potential", self.potential.state_dict()),
+                **state.prefixed("objective", self.objective.modules.state_dict()),
                 **state.optimizer_tensors(self.optimizers),
                 **random,
                 "loss_sum": loss,
@@ -406,6 +428,7 @@ class Trainer:
                 "put it back, or take another run_dir"
             )
         self.potential.load_state_dict(state.part("potential", tensors))
+        self.objective.modules.load_state_dict(state.part("objective", tensors))
         state.load_optimizers(self.optimizers, tensors)
         if self.ema is not None and "ema.0" in tensors:
             self.ema.averages = [

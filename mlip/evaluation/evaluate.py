@@ -15,6 +15,7 @@ from mlip.data.dataset import HDF5Dataset
 from mlip.data.graph import AtomicGraph
 from mlip.data.loader import GraphLoader
 from mlip.evaluation.metrics import QUANTITIES, Errors, ErrorSums, table
+from mlip.evaluation.symmetry import SymmetryReport, sampled_symmetry_errors
 from mlip.potential import Potential
 
 MAX_POINTS = 200_000  # of a parity plot, per quantity
@@ -164,11 +165,12 @@ class Report:
     num_structures: int
     total: Errors
     by_type: dict[str, Errors]
+    symmetry: SymmetryReport
 
     def text(self) -> str:
-        """Table with one row per config type and one for all."""
+        """Table with one row per config type and one for all, and the symmetry error."""
         rows = {**self.by_type, "all": self.total} if len(self.by_type) > 1 else {"all": self.total}
-        return table(rows, title=self.path.name)
+        return f"{table(rows, title=self.path.name)}\n{self.symmetry.text()}"
 
 
 def evaluate_file(
@@ -179,8 +181,8 @@ def evaluate_file(
     batch_size: int = 16,
     plots: bool = True,
 ) -> Report:
-    """What ``mlip eval`` does: errors of a data file, and in the folder ``out`` predictions, plots
-    and a table.
+    """What ``mlip eval`` does: errors of a data file, its symmetry error beside them, and in the
+    folder ``out`` predictions, plots and a table.
 
     Isolated-atom frames are left out: their energy is right by construction.
 
@@ -196,7 +198,7 @@ def evaluate_file(
     folder = None if out is None else Path(out)
     if folder is None:
         sums = evaluate(potential, dataset, batch_size=batch_size)
-        return Report(Path(path), len(dataset), sums.total(), sums.by_type())
+        return _report(potential, dataset, sums)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "predictions.extxyz"
     temporary = target.with_name(f".{target.name}.tmp")
@@ -212,13 +214,19 @@ def evaluate_file(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    report = Report(Path(path), len(dataset), sums.total(), sums.by_type())
+    report = _report(potential, dataset, sums)
     (folder / "errors.txt").write_text(report.text() + "\n", encoding="utf-8")
     if plots and pairs.arrays():
         from mlip.evaluation.plots import parity_plot
 
         parity_plot({Path(path).stem: pairs.arrays()}, folder / "parity.png")
     return report
+
+
+def _report(potential: Potential, dataset: HDF5Dataset, sums: ErrorSums) -> Report:
+    total = sums.total()
+    symmetry = sampled_symmetry_errors(potential, dataset, stress="stress" in total)
+    return Report(Path(dataset.path), len(dataset), total, sums.by_type(), symmetry)
 
 
 def evaluate_files(
