@@ -23,15 +23,15 @@ import numpy as np
 import torch
 
 from mlip.data.graph import AtomicGraph
-from mlip.evaluation.orbits import Image, Orbit, bare
+from mlip.evaluation.orbits import Image, ImageOrbit, MatrixOrbit
 from mlip.potential import Potential
+from mlip.rotation_orbit import MAX_EDGES, rotation_orbit
 
 if TYPE_CHECKING:
     from ase import Atoms
 
 QUANTITIES = ("energy", "forces")
 UNITS = {"energy": "meV/atom", "forces": "meV/Å"}
-MAX_ATOMS = 4096  # of a batch of images
 MILLI = 1000.0
 
 
@@ -118,7 +118,7 @@ class Nero:
     """Orbits of several models on the same samples: model -> orbit -> errors."""
 
     samples: list[Sample]
-    orbits: list[Orbit]
+    orbits: list[MatrixOrbit | ImageOrbit]
     models: dict[str, dict[str, OrbitErrors]]
     source: str = ""
 
@@ -126,10 +126,10 @@ class Nero:
 def measure(
     potentials: Mapping[str, Potential],
     samples: Sequence[Sample],
-    orbits: Sequence[Orbit],
+    orbits: Sequence[MatrixOrbit | ImageOrbit],
     *,
     source: str = "",
-    max_atoms: int = MAX_ATOMS,
+    max_edges: int = MAX_EDGES,
     progress: Callable[[str, int], None] = lambda model, sample: None,
 ) -> Nero:
     """Evaluate potentials on the orbits of samples.
@@ -139,7 +139,7 @@ def measure(
     potentials : display name -> potential, used where it is, in evaluation mode
     samples, orbits : what is evaluated
     source : where the samples come from, for titles
-    max_atoms : of a batch; the result does not depend on it
+    max_edges : of a batch of images; the result does not depend on it
     progress : called with the model's name and the number of each sample when it is done
 
     Raises
@@ -158,7 +158,7 @@ def measure(
         }
         for number, sample in enumerate(samples):
             for orbit in orbits:
-                energies, forces = predictions(potential, sample, orbit, max_atoms)
+                energies, forces = predictions(potential, sample, orbit, max_edges)
                 rows[orbit.name].append(_compare(energies, forces, orbit.weights, sample))
             progress(name, number)
         models[name] = {
@@ -171,44 +171,57 @@ def measure(
 
 
 def predictions(
-    potential: Potential, sample: Sample, orbit: Orbit, max_atoms: int = MAX_ATOMS
+    potential: Potential,
+    sample: Sample,
+    orbit: MatrixOrbit | ImageOrbit,
+    max_edges: int = MAX_EDGES,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Energies per atom (T,) eV and forces (T, N, 3) eV/angstrom in the structure's own pose; NaN
     where the orbit has no image."""
-    count = len(sample.atomic_numbers)
-    energies = np.full(math.prod(orbit.shape), np.nan)
-    forces = np.full((len(energies), count, 3), np.nan)
+    graph = sample.graph(potential.cutoff).to(potential.e0.device)
     training = potential.training
     potential.eval()
     try:
-        images = orbit.images(bare(sample.graph(potential.cutoff)), potential.cutoff)
-        for batch in _batches(enumerate(images), max_atoms):
-            graph = AtomicGraph.collate([image.graph for _, image in batch])
-            out = potential(graph.to(potential.e0.device))
-            energy, force = out["energy"].cpu(), out["forces"].cpu()
-            for g, (k, image) in enumerate(batch):
-                a, b = int(graph.ptr[g]), int(graph.ptr[g + 1])
-                energies[k] = float(energy[g]) / (b - a)
-                forces[k] = (force[a:b][image.atoms].mean(dim=0) @ image.R).numpy()
+        if isinstance(orbit, MatrixOrbit):
+            turned = rotation_orbit(potential, graph, orbit.rule(), max_edges=max_edges)
+            per_atom = turned.energy[:, 0] / len(graph.positions)
+            return per_atom.cpu().numpy(), turned.forces.cpu().numpy()
+        return _of_images(potential, sample, orbit, max_edges)
     finally:
         potential.train(training)
+
+
+def _of_images(
+    potential: Potential, sample: Sample, orbit: ImageOrbit, max_edges: int
+) -> tuple[np.ndarray, np.ndarray]:
+    energies = np.full(math.prod(orbit.shape), np.nan)
+    forces = np.full((len(energies), len(sample.atomic_numbers), 3), np.nan)
+    images = orbit.images(sample.graph(potential.cutoff), potential.cutoff)
+    for batch in _batches(enumerate(images), max_edges):
+        graph = AtomicGraph.collate([image.graph for _, image in batch])
+        out = potential(graph.to(potential.e0.device))
+        energy, force = out["energy"].cpu(), out["forces"].cpu()
+        for g, (k, image) in enumerate(batch):
+            a, b = int(graph.ptr[g]), int(graph.ptr[g + 1])
+            energies[k] = float(energy[g]) / (b - a)
+            forces[k] = force[a:b][image.atoms].mean(dim=0).numpy()
     return energies, forces
 
 
 def _batches(
-    images: Iterable[tuple[int, Image | None]], max_atoms: int
+    images: Iterable[tuple[int, Image | None]], max_edges: int
 ) -> Iterator[list[tuple[int, Image]]]:
     batch: list[tuple[int, Image]] = []
-    atoms = 0
+    edges = 0
     for k, image in images:
         if image is None:
             continue
-        size = len(image.graph.positions)
-        if batch and atoms + size > max_atoms:
+        size = image.graph.edge_index.shape[1]
+        if batch and edges + size > max_edges:
             yield batch
-            batch, atoms = [], 0
+            batch, edges = [], 0
         batch.append((k, image))
-        atoms += size
+        edges += size
     if batch:
         yield batch
 

@@ -1,13 +1,13 @@
 """Orbits: a structure under a group, as images on which a symmetric potential must agree.
 
-An image is the structure seen otherwise: rotated, mirrored, shifted, renumbered, or, for a crystal,
-described by another cell.  It knows the way back: forces f' of the image become
+Rotations and reflections are matrices (``MatrixOrbit``), of which ``mlip.rotation_orbit`` makes
+the predictions.  The other images (``ImageOrbit``) are the structure shifted, renumbered, or, for
+a crystal, described by another cell; they know the way back of the forces f',
 
-    f_i = (1/|a(i)|) sum_{k in a(i)} R^T f'_k,        a(i) = atoms of the image that are atom i,
+    f_i = (1/|a(i)|) sum_{k in a(i)} f'_k,        a(i) = atoms of the image that are atom i,
 
-and energies are compared per atom, so that supercells take part.  Each orbit is a grid with weights
-that sum to one.  On rotations the grid integrates the Wigner matrices exactly up to degree
-``min(2 polar - 1, azimuth - 1, spin - 1)``: Gauss-Legendre in cos(theta), uniform in both angles.
+and energies are compared per atom, so that supercells take part.  Each orbit is a grid of T points
+with weights that sum to one.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ase.geometry import minkowski_reduce
 from torch import Tensor
 
 from mlip.data.graph import AtomicGraph
+from mlip.nn.rotations import Rotations
 
-GEOMETRY = ("atomic_numbers", "positions", "cell", "pbc", "edge_index", "cell_shifts", "batch")
-# Directions without a symmetry of their own: along an axis, errors may vanish by accident.
-GENERIC = np.array([0.462, 0.727, 0.508]) / math.sqrt(0.462**2 + 0.727**2 + 0.508**2)
+# Of translations.  A direction without a symmetry of its own: along an axis, errors may vanish by
+# accident.
+GENERIC = np.array([0.46, 0.73, 0.51]) / math.hypot(0.46, 0.73, 0.51)
 
 
 class Image(NamedTuple):
     """One element of an orbit."""
 
     graph: AtomicGraph
-    R: Tensor  # (3, 3) orthogonal, from the structure to the image
     atoms: Tensor  # (copies, N): which atoms of the image are atom i
 
 
@@ -59,126 +59,135 @@ class Orbit(Protocol):
     def coordinates(self) -> dict[str, np.ndarray]:
         """Axes of the grid, for plots and files; angles in degrees, lengths in angstrom."""
 
+
+class ImageOrbit(Orbit, Protocol):
+    """An orbit of which each image has neighbours of its own."""
+
     def images(self, graph: AtomicGraph, cutoff: float) -> Iterator[Image | None]:
         """T images of one structure, None where there is none."""
 
 
-def bare(graph: AtomicGraph) -> AtomicGraph:
-    """The structure without labels: what a model may see."""
-    keys = (*GEOMETRY, "ptr", *(key for key in ("charge", "spin") if key in graph))
-    return AtomicGraph(**{key: graph[key] for key in keys}, num_nodes=len(graph.positions))
+class MatrixOrbit:
+    """An orbit under orthogonal matrices."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weights: np.ndarray
+
+    def coordinates(self) -> dict[str, np.ndarray]:
+        """As of every ``Orbit``."""
+        raise NotImplementedError
+
+    def matrices(self) -> np.ndarray:
+        """(T, 3, 3), in the order of the grid."""
+        raise NotImplementedError
+
+    def rule(self) -> Rotations:
+        """The same for ``rotation_orbit``."""
+        weights = torch.from_numpy(self.weights.copy())
+        return Rotations(self.name, torch.from_numpy(self.matrices()), weights, degree=0)
 
 
-def rotation_z(angle: float) -> Tensor:
-    """(3, 3) rotation about z by ``angle``, rad."""
-    c, s = math.cos(angle), math.sin(angle)
-    return torch.tensor([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+def about_z(angle: np.ndarray) -> np.ndarray:
+    """(..., 3, 3) rotations about z by ``angle`` (...), rad."""
+    c, s, o, one = np.cos(angle), np.sin(angle), np.zeros_like(angle), np.ones_like(angle)
+    return np.stack([c, -s, o, s, c, o, o, o, one], axis=-1).reshape(*np.shape(angle), 3, 3)
 
 
-def rotation_y(angle: float) -> Tensor:
-    """(3, 3) rotation about y by ``angle``, rad."""
-    c, s = math.cos(angle), math.sin(angle)
-    return torch.tensor([[c, 0.0, s], [0.0, 1.0, 0.0], [-s, 0.0, c]], dtype=torch.float64)
+def about_y(angle: np.ndarray) -> np.ndarray:
+    """(..., 3, 3) rotations about y by ``angle`` (...), rad."""
+    c, s, o, one = np.cos(angle), np.sin(angle), np.zeros_like(angle), np.ones_like(angle)
+    return np.stack([c, o, s, o, one, o, -s, o, c], axis=-1).reshape(*np.shape(angle), 3, 3)
 
 
-def mirror(normal: np.ndarray) -> Tensor:
-    """(3, 3) reflection at the plane with this unit normal."""
-    n = torch.as_tensor(normal, dtype=torch.float64)
-    return torch.eye(3, dtype=torch.float64) - 2 * torch.outer(n, n)
-
-
-def directions(polar: int, azimuth: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def rings(polar: int, azimuth: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Grid of the sphere: theta (polar,), phi (azimuth,) in rad and weights (polar,) of the
-    rings."""
+    rings, Gauss-Legendre in cos(theta)."""
     x, w = np.polynomial.legendre.leggauss(polar)
     return np.arccos(x[::-1]), 2 * np.pi * np.arange(azimuth) / azimuth, w[::-1] / 2
 
 
-def _same_atoms(graph: AtomicGraph) -> Tensor:
-    return torch.arange(len(graph.positions))[None]
+def uniform(points: int) -> np.ndarray:
+    """(points,) equal weights."""
+    return np.full(points, 1 / points)
 
 
-@dataclass(frozen=True)
-class Rotations:
+class TiltAndSpin(MatrixOrbit):
     """SO(3): the structure's z axis points to (theta, phi), after a turn by the spin angle about
-    itself."""
+    itself.
 
-    polar: int = 10
-    azimuth: int = 20
-    spin: int = 6
-    name: str = field(default="rotations", init=False)
-    kind: str = field(default="sphere", init=False)
+    Mean values are exact for Wigner matrices of degree up to ``min(2 polar, azimuth, spin) - 1``.
+    """
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.polar, self.azimuth, self.spin
+    name = "rotations"
+    kind = "sphere"
 
-    @property
-    def weights(self) -> np.ndarray:
-        w = directions(self.polar, self.azimuth)[2]
-        return np.repeat(w, self.azimuth * self.spin) / (self.azimuth * self.spin)
+    def __init__(self, polar: int, azimuth: int, spin: int) -> None:
+        self.shape = (polar, azimuth, spin)
+        self.weights = np.repeat(rings(polar, azimuth)[2], azimuth * spin) / (azimuth * spin)
 
     def coordinates(self) -> dict[str, np.ndarray]:
-        theta, phi, _ = directions(self.polar, self.azimuth)
-        spin = 360.0 * np.arange(self.spin) / self.spin
+        theta, phi, _ = rings(*self.shape[:2])
+        spin = 360.0 * np.arange(self.shape[2]) / self.shape[2]
         return {"theta": np.degrees(theta), "phi": np.degrees(phi), "spin": spin}
 
-    def matrices(self) -> Iterator[Tensor]:
-        """R = Rz(phi) Ry(theta) Rz(spin), in the order of the grid."""
-        theta, phi, _ = directions(self.polar, self.azimuth)
-        for t in theta.tolist():
-            for p in phi.tolist():
-                tilt = rotation_z(p) @ rotation_y(t)
-                for k in range(self.spin):
-                    yield tilt @ rotation_z(2 * math.pi * k / self.spin)
-
-    def images(self, graph: AtomicGraph, cutoff: float) -> Iterator[Image | None]:
-        atoms = _same_atoms(graph)
-        for R in self.matrices():
-            yield Image(graph.rotated(R), R, atoms)
+    def matrices(self) -> np.ndarray:
+        theta, phi, spin = np.radians(
+            np.stack(np.meshgrid(*self.coordinates().values(), indexing="ij"))
+        )
+        return (about_z(phi) @ about_y(theta) @ about_z(spin)).reshape(-1, 3, 3)
 
 
-@dataclass(frozen=True)
-class Reflections:
-    """Mirror planes by the direction (theta, phi) of their normal; n and -n are one plane."""
+class MirrorPlanes(MatrixOrbit):
+    """Reflections by the direction (theta, phi) of the plane's normal; n and -n are one plane, so
+    half of the meridians are all."""
 
-    polar: int = 10
-    azimuth: int = 20
-    name: str = field(default="reflections", init=False)
-    kind: str = field(default="sphere", init=False)
+    name = "reflections"
+    kind = "sphere"
 
-    def __post_init__(self) -> None:
-        if self.azimuth % 2:
-            raise ValueError(f"azimuth must be even, got {self.azimuth}")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Half of the meridians: the other half are the same planes."""
-        return self.polar, self.azimuth // 2
-
-    @property
-    def weights(self) -> np.ndarray:
-        w = directions(self.polar, self.azimuth)[2]
-        return np.repeat(w, self.azimuth // 2) / (self.azimuth // 2)
+    def __init__(self, polar: int, azimuth: int) -> None:
+        if azimuth % 2:
+            raise ValueError(f"azimuth must be even, got {azimuth}")
+        self.shape = (polar, azimuth // 2)
+        self.weights = np.repeat(rings(polar, azimuth)[2], azimuth // 2) / (azimuth // 2)
 
     def coordinates(self) -> dict[str, np.ndarray]:
-        theta, phi, _ = directions(self.polar, self.azimuth)
-        return {"theta": np.degrees(theta), "phi": np.degrees(phi[: self.azimuth // 2])}
+        polar, half = self.shape
+        theta, phi, _ = rings(polar, 2 * half)
+        return {"theta": np.degrees(theta), "phi": np.degrees(phi[:half])}
 
-    def images(self, graph: AtomicGraph, cutoff: float) -> Iterator[Image | None]:
-        atoms = _same_atoms(graph)
-        theta, phi, _ = directions(self.polar, self.azimuth)
-        for t in theta:
-            for p in phi[: self.azimuth // 2]:
-                R = mirror(np.array([np.sin(t) * np.cos(p), np.sin(t) * np.sin(p), np.cos(t)]))
-                yield Image(graph.rotated(R), R, atoms)
+    def matrices(self) -> np.ndarray:
+        theta, phi = np.radians(np.stack(np.meshgrid(*self.coordinates().values(), indexing="ij")))
+        n = np.stack([np.sin(theta) * np.cos(phi), np.sin(theta) * np.sin(phi), np.cos(theta)], -1)
+        return (np.eye(3) - 2 * n[..., :, None] * n[..., None, :]).reshape(-1, 3, 3)
+
+
+class InPlane(MatrixOrbit):
+    """Rotations about the z axis."""
+
+    name = "plane"
+    kind = "curve"
+
+    def __init__(self, points: int = 72) -> None:
+        self.shape = (points,)
+        self.weights = uniform(points)
+
+    def coordinates(self) -> dict[str, np.ndarray]:
+        return {"angle": 360.0 * np.arange(self.shape[0]) / self.shape[0]}
+
+    def matrices(self) -> np.ndarray:
+        return about_z(np.radians(self.coordinates()["angle"]))
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Equally weighted points along a line of images."""
+class Translations:
+    """Shifts in a direction of no symmetry; crystals are wrapped back into their cell."""
 
-    points: int
+    points: int = 24
+    length: float = 12.0  # angstrom, the longest shift
+    name: str = field(default="translations", init=False)
+    kind: str = field(default="curve", init=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -186,35 +195,7 @@ class Curve:
 
     @property
     def weights(self) -> np.ndarray:
-        return np.full(self.points, 1 / self.points)
-
-
-@dataclass(frozen=True)
-class InPlane(Curve):
-    """Rotations about the z axis."""
-
-    points: int = 72
-    name: str = field(default="plane", init=False)
-    kind: str = field(default="curve", init=False)
-
-    def coordinates(self) -> dict[str, np.ndarray]:
-        return {"angle": 360.0 * np.arange(self.points) / self.points}
-
-    def images(self, graph: AtomicGraph, cutoff: float) -> Iterator[Image | None]:
-        atoms = _same_atoms(graph)
-        for k in range(self.points):
-            R = rotation_z(2 * math.pi * k / self.points)
-            yield Image(graph.rotated(R), R, atoms)
-
-
-@dataclass(frozen=True)
-class Translations(Curve):
-    """Shifts in a direction of no symmetry; crystals are wrapped back into their cell."""
-
-    points: int = 24
-    length: float = 12.0  # angstrom, the longest shift
-    name: str = field(default="translations", init=False)
-    kind: str = field(default="curve", init=False)
+        return uniform(self.points)
 
     def coordinates(self) -> dict[str, np.ndarray]:
         return {"shift": np.linspace(0.0, self.length, self.points)}
@@ -226,13 +207,21 @@ class Translations(Curve):
 
 
 @dataclass(frozen=True)
-class Permutations(Curve):
+class Permutations:
     """Random orders of the atoms; the first is the order given."""
 
     points: int = 24
     seed: int = 0
     name: str = field(default="permutations", init=False)
     kind: str = field(default="list", init=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.points,)
+
+    @property
+    def weights(self) -> np.ndarray:
+        return uniform(self.points)
 
     def coordinates(self) -> dict[str, np.ndarray]:
         return {"number": np.arange(self.points)}
@@ -275,7 +264,7 @@ class Cells:
 
     @property
     def weights(self) -> np.ndarray:
-        return np.full(len(CELLS), 1 / len(CELLS))
+        return uniform(len(CELLS))
 
     def coordinates(self) -> dict[str, np.ndarray]:
         return {"cell": np.array(list(CELLS))}
@@ -351,10 +340,10 @@ def _rebuilt(
         **totals,
     )
     atoms = torch.from_numpy(np.argsort(order, kind="stable").reshape(count, -1).T.copy())
-    return Image(made, torch.eye(3, dtype=torch.float64), atoms)
+    return Image(made, atoms)
 
 
-def orbits(names: list[str] | None = None, grid: int = 10) -> list[Orbit]:
+def orbits(names: list[str] | None = None, grid: int = 10) -> list[MatrixOrbit | ImageOrbit]:
     """The orbits of these names, all by default, with ``grid`` rings on the sphere.
 
     Raises
@@ -364,9 +353,9 @@ def orbits(names: list[str] | None = None, grid: int = 10) -> list[Orbit]:
     """
     if grid < 3:
         raise ValueError(f"the sphere needs at least 3 rings, got {grid}")
-    known: list[Orbit] = [
-        Rotations(grid, 2 * grid, max(3, round(0.6 * grid))),
-        Reflections(grid, 2 * grid),
+    known: list[MatrixOrbit | ImageOrbit] = [
+        TiltAndSpin(grid, 2 * grid, max(3, round(0.6 * grid))),
+        MirrorPlanes(grid, 2 * grid),
         InPlane(),
         Translations(),
         Permutations(),
