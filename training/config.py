@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, create_model, model_validator
 
 from mlip.config import Config, ConfigError, apply_overrides, parse, read_yaml
+from mlip.training.symmetry_config import SymmetryConfig
 
 # Presets of size; keys given in the file come before them.
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
@@ -164,14 +165,25 @@ class DataConfig(Config):
         description="energies of isolated atoms: auto (isolated-atom frames, else least squares), "
         "isolated, least_squares, or a table by symbol in eV",
     )
-    augment: Literal["none", "rotations"] = Field(
-        "none", description="rotate and mirror training structures at random"
+    augment: Literal["none", "rotations", "proper_rotations", "reflections"] = Field(
+        "none",
+        description="show training structures rotated and mirrored at random, rotated only, or "
+        "mirrored only",
+    )
+    views: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="how often each structure is in its batch, each time augmented anew; limits "
+        "of the batch count it once",
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
         if self.batch_size is None and self.max_atoms is None and self.max_edges is None:
             raise ValueError("give at least one of batch_size, max_atoms and max_edges")
+        if self.views > 1 and self.augment == "none":
+            raise ValueError("several views are all the same without augment: rotations")
         if self.valid is not None and self.split_file is not None:
             raise ValueError("give either valid or split_file")
         return self
@@ -321,11 +333,17 @@ class TrainConfig(Config):
         "never",
         description="continue what run_dir holds: if there is something, never, or else fail",
     )
+    init_from: Path | None = Field(
+        None,
+        description="model file whose weights are the first ones, for example of a training with "
+        "model.direct_forces; heads that only one of them has are left out",
+    )
     citation: str | None = Field(None, description="goes into the model file")
     licence: str | None = Field(None, description="goes into the model file")
     data: DataConfig
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
+    symmetry: SymmetryConfig = SymmetryConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     precision: PrecisionConfig = PrecisionConfig()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlip.data.graph import AtomicGraph
 from mlip.training.config import LossConfig
@@ -110,6 +110,10 @@ class Objective:
     ) -> None:
         self.terms = dict(terms)
         self.weights, self.stage_two, self.start = dict(weights), dict(stage_two or {}), start
+        # Terms may have networks to train and a state to save.
+        self.modules = nn.ModuleDict(
+            {name: term for name, term in self.terms.items() if isinstance(term, nn.Module)}
+        )
 
     @classmethod
     def from_config(cls, config: LossConfig, *, has_stress: bool = True) -> Objective:
@@ -138,12 +142,31 @@ class Objective:
         """Weights after a share ``progress`` of the training."""
         return {**self.weights, **self.stage_two} if progress >= self.start else self.weights
 
+    def extended(self, terms: Mapping[str, LossTerm], weights: Mapping[str, float]) -> Objective:
+        """With further terms."""
+        return Objective(
+            {**self.terms, **terms}, {**self.weights, **weights}, self.stage_two, self.start
+        )
+
+    def after_step(self, potential: Any) -> bool:
+        """Let terms act on the weights once the optimizer has moved them; True if models from
+        before no longer count."""
+        acts = [getattr(term, "after_step", None) for term in self.modules.values()]
+        return any([act(potential) for act in acts if act is not None])
+
+    @property
+    def acts_on_weights(self) -> bool:
+        """Whether ``after_step`` does anything."""
+        return any(hasattr(term, "after_step") for term in self.modules.values())
+
     def __call__(
         self, potential: Any, graph: AtomicGraph, out: Mapping[str, Tensor], progress: float = 0.0
     ) -> Tensor:
         total = out["energy"].new_zeros(())
         for name, weight in self.at(progress).items():
             if weight > 0:
+                if hasattr(self.terms[name], "progress"):
+                    setattr(self.terms[name], "progress", progress)  # noqa: B010
                 total = total + weight * self.terms[name](potential, graph, out)
         return total
 

@@ -253,8 +253,7 @@ def start_from(potential: Potential, path: Path) -> None:
     known = {key: value for key, value in theirs.items() if key in ours}
     potential.model.load_state_dict({**ours, **known})
     potential.scale.copy_(old.scale)
-    if potential.cohesion is not None and old.cohesion is not None:
-        potential.cohesion.load_state_dict(old.cohesion.state_dict())
+    potential.cohesion = old.cohesion
     logger.info("weights of %s", path)
 
 

@@ -228,7 +228,8 @@ class Trainer:
         if self.ema is not None:
             self.ema.update()
         if self.objective.acts_on_weights:
-            self.objective.after_step(self.potential)
+            if self.objective.after_step(self.potential):
+                self.best = math.inf
             if self.ema is not None:
                 with self.averaged():
                     self.objective.after_step(self.potential)
