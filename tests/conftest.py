@@ -52,6 +52,47 @@ class Toy(torch.nn.Module):
         return NodeOutput(pair - 0.3 * torch.tanh(density), torch.stack([pair, density], dim=-1))
 
 
+class Lopsided(torch.nn.Module):
+    """A network of raw vectors: smooth, with charge as an input, and blind to the symmetry of
+    space."""
+
+    graph_inputs = ("charge",)
+    exact_symmetry = False
+
+    def __init__(self, cutoff: float = 4.0, *, direct: bool = False, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.config = SimpleNamespace(cutoff=cutoff)
+        self.receptive_field = cutoff
+        self.direct = direct
+        self.message = torch.nn.Sequential(
+            torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6)
+        )
+        self.node = torch.nn.Sequential(
+            torch.nn.Linear(7, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4)
+        )
+
+    def forward(self, graph: AtomicGraph) -> NodeOutput:
+        v, (j, i) = graph.vectors, graph.edge_index
+        Z = graph.atomic_numbers.to(v.dtype)[:, None] / 20
+        x = torch.cat([v, Z[i], Z[j]], dim=1)
+        fade = polynomial_envelope(v.norm(dim=1) / self.config.cutoff)[:, None]
+        h = v.new_zeros(len(Z), 6).index_add(0, i, self.message(x) * fade)
+        charge = graph.charge if "charge" in graph else graph.cell.new_zeros(graph.num_structures)
+        out = self.node(torch.cat([h, charge[graph.batch].to(v.dtype)[:, None]], dim=1))
+        return NodeOutput(out[:, 0], h, out[:, 1:] if self.direct else None)
+
+
+@pytest.fixture(name="lopsided")
+def lopsided_fixture() -> Callable[..., Potential]:
+    """Function that makes potentials without rotational symmetry: ``lopsided(direct=True)``."""
+
+    def make(**options: object) -> Potential:
+        return Potential(Lopsided(**options), toy().e0, scale=2.0).double().eval()  # type: ignore[arg-type]
+
+    return make
+
+
 def random_facet(seed: int = 0, num_layers: int = 2, lmax: int = 2) -> torch.nn.Module:
     """A small Facet in which no weight is zero, as training starts with; a model of zeros obeys any
     law."""

@@ -19,6 +19,9 @@ back, has components of degree l and parity p = +-1,
 stresses; all else is an error, and its degree says which rule (``mlip.nn.rotations``) averages it
 away.
 
+The orbit of a crystal also holds the cells by which it can be described: see
+``mlip.evaluation.cell_choices``.
+
 Xu et al., NERO, arXiv:2305.19889; Domina et al., arXiv:2603.24638.
 """
 
@@ -148,7 +151,7 @@ def symmetry_errors(
     try:
         for graph in graphs:
             structures += graph.num_structures
-            graph = graph.to(potential.e0.device)
+            graph = graph.replace().to(potential.e0.device)  # a copy: .to moves its own
             chosen = rule
             if isinstance(chosen, int):
                 chosen = random_rotations(chosen, generator, mirrors=True)
