@@ -277,7 +277,7 @@ class EqCalculator(Calculator):
         return found
 
     def _graph(self, atoms: Atoms, cutoff: float) -> AtomicGraph:
-        positions = atoms.positions / self._length_unit
+        positions = np.asarray(atoms.positions, dtype=np.float64) / self._length_unit
         cell = np.array(atoms.cell) / self._length_unit
         edges = self._caches[cutoff].edges(positions, cell, atoms.pbc)
         check_distances(atoms, edges.edge_index, edges.lengths * self._length_unit)

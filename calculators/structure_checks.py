@@ -7,6 +7,8 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from ase.geometry import complete_cell
 
+from mlip.data.neighbors import FAR
+
 OVERLAP = 0.1  # angstrom; closer atoms are a mistake of the input
 FLAT = 1e-3  # angstrom; least distance between lattice planes
 CROWDED = (
@@ -29,6 +31,13 @@ def check_structure(atoms: Atoms, known: np.ndarray) -> None:
     if not finite.all():
         k = int(np.argmin(finite))
         raise ValueError(f"position of {_name(atoms, k)} is {atoms.positions[k]}: not finite")
+    far = np.abs(atoms.positions).max(axis=1)
+    if far.max() > FAR:
+        k = int(np.argmax(far))
+        raise ValueError(
+            f"{_name(atoms, k)} is at {atoms.positions[k]}, more than {FAR:g} angstrom away: "
+            f"distances are lost to rounding; move the structure to the origin"
+        )
     cell, pbc = np.asarray(atoms.cell), atoms.pbc
     if not np.isfinite(cell).all():
         raise ValueError(f"the cell has entries that are not finite: {cell.tolist()}")

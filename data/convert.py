@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
-import gzip
 import io
 import logging
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +23,12 @@ import ase.db
 import ase.io
 import numpy as np
 from ase import Atoms
-from ase.calculators.singlepoint import SinglePointCalculator
+from ase.geometry import complete_cell
 from ase.io.extxyz import key_val_str_to_dict, read_xyz
 from ase.io.formats import UnknownFileTypeError, filetype, open_with_compression
-from ase.stress import full_3x3_to_voigt_6_stress
 
 from mlip.data.dataset import ISOLATED
+from mlip.data.export import require_writable, write_ase
 from mlip.data.foreign_hdf5 import read_foreign
 from mlip.data.hdf5 import HDF5File, HDF5Writer
 from mlip.data.labels import LABELS, RAW, Frame, LabelOptions, LabelReader
@@ -45,6 +43,7 @@ HDF5_SUFFIXES = (".h5", ".hdf5")
 LARGE_FORCE = 100.0  # eV/angstrom RMS; data beyond it are in another unit, or broken
 _OURS = "_mlip_data_file"  # marks structures of a data file, whose keys and units are known
 MAX_ATOMS = 10_000_000  # of one structure; a larger count is a damaged file
+LONELY = 10.0  # angstrom between the images of a single atom; bonds are shorter
 
 
 @dataclass
@@ -108,6 +107,10 @@ def convert(
             raise FileExistsError(
                 f"{output} exists; choose another name or pass overwrite (--overwrite)"
             )
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output.parent} is not a folder; create it first")
+    if output.suffix not in HDF5_SUFFIXES:
+        require_writable(output)
     report = ConversionReport(output, files)
     frames = _checked(files, reader, report, allow_unfinished)
     if output.suffix in HDF5_SUFFIXES:
@@ -135,7 +138,7 @@ def convert(
                 )
             _finish(report, options)
     else:
-        _write_ase(output, frames, lambda: _finish(report, options))
+        write_ase(output, frames, lambda: _finish(report, options))
     for text in report.warnings:
         logger.warning(text)
     return report
@@ -206,7 +209,7 @@ def _checked(
             if is_data_file and "group" in atoms.info:
                 frame.group = atoms.info["group"]
             in_file += 1
-            alone = len(atoms) == 1 and (not atoms.pbc.any() or frame.config_type == ISOLATED)
+            alone = len(atoms) == 1 and (frame.config_type == ISOLATED or _lonely(frame.atoms))
             if alone and not frame.config_type:
                 frame.config_type = ISOLATED
             report.num_structures += 1
@@ -240,6 +243,14 @@ def _checked(
             f"{asymmetric} stress tensors are not symmetric within 1 %; their symmetric part is "
             f"taken"
         )
+
+
+def _lonely(atoms: Atoms) -> bool:
+    """Whether the images of a single atom are too far away to be its neighbours."""
+    if not atoms.pbc.any():
+        return True
+    heights = 1.0 / np.linalg.norm(np.linalg.inv(complete_cell(atoms.cell)), axis=0)
+    return bool((heights[atoms.pbc] >= LONELY).all())
 
 
 def _check_geometry(atoms: Atoms, overlap: bool = False) -> None:
@@ -321,14 +332,11 @@ def _read(path: Path, allow_unfinished: bool) -> Iterator[tuple[int, Atoms]]:
         text = str(error)
         if text.startswith(f"{path}:"):
             raise
-        kind = (
-            ""
-            if isinstance(error, ValueError | OSError | EOFError)
-            else f"{type(error).__name__}: "
-        )
-        raise ValueError(
-            f"{path}: frame {number}: cannot be read: {kind}{text or type(error).__name__}"
-        ) from error
+        if isinstance(error, KeyError):
+            text = f"unknown element or column {text}"
+        elif not isinstance(error, ValueError | OSError | EOFError):
+            text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        raise ValueError(f"{path}: frame {number}: cannot be read: {text}") from error
 
 
 def _frames(path: Path, allow_unfinished: bool) -> Iterator[Atoms]:
@@ -436,64 +444,3 @@ def _data_file(path: Path) -> Iterator[Atoms]:
                 atoms.info["group"] = str(groups[start + k])
             atoms.info[_OURS] = True
             yield atoms
-
-
-def _to_atoms(frame: Frame, reserved_keys: bool) -> Atoms:
-    """ASE structure with its labels under REF keys, or in a calculator for formats that keep
-    nothing else."""
-    atoms = frame.atoms
-    stress = None if frame.stress is None else full_3x3_to_voigt_6_stress(frame.stress)
-    if reserved_keys:
-        given = {"energy": frame.energy, "forces": frame.forces, "stress": stress}
-        atoms.calc = SinglePointCalculator(
-            atoms, **{k: v for k, v in given.items() if v is not None}
-        )
-    else:
-        if frame.energy is not None:
-            atoms.info["REF_energy"] = frame.energy
-        if frame.stress is not None:
-            atoms.info["REF_stress"] = frame.stress.ravel()
-        if frame.forces is not None:
-            atoms.arrays["REF_forces"] = frame.forces
-    for key, value in (
-        ("charge", frame.charge),
-        ("spin", frame.spin),
-        ("config_weight", frame.weight if frame.weight != 1 else None),
-        ("config_type", frame.config_type or None),
-        ("group", frame.group or None),
-    ):
-        if value is not None:
-            atoms.info[key] = value
-    return atoms
-
-
-def _write_ase(output: Path, frames: Iterable[Frame], finish: Any) -> None:
-    """Write by ASE to a temporary file of the same suffix, then rename."""
-    kind = filetype(str(output), read=False)
-    suffix = "".join(output.suffixes[-2:]) or output.name
-    handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=suffix, dir=output.parent)
-    os.close(handle)
-    try:
-        if kind in ("extxyz", "xyz"):
-            opener = gzip.open if output.suffix == ".gz" else open
-            with opener(name, "wt", encoding="utf-8") as file:
-                for frame in frames:
-                    ase.io.write(
-                        file, _to_atoms(frame, False), format="extxyz", write_results=False
-                    )
-        else:
-            os.unlink(name)  # databases are appended to, so there must be none
-            images = (_to_atoms(frame, True) for frame in frames)
-            if kind in ("db", "json"):
-                with ase.db.connect(name, type=kind) as database:
-                    for atoms in images:
-                        database.write(atoms, data=atoms.info)
-            else:
-                ase.io.write(name, list(images), format=kind)
-        finish()
-        os.chmod(name, 0o644)
-        os.replace(name, output)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise

@@ -71,6 +71,10 @@ def inspect(path: Path) -> Layout:
     except ValueError:
         raise
     except (OSError, RuntimeError, KeyError, TypeError, MemoryError, OverflowError) as error:
+        if not h5py.is_hdf5(path):
+            raise OSError(
+                f"{path}: not an HDF5 file; make one of labelled structures with 'mlip convert'"
+            ) from None
         raise OSError(
             f"{path}: not a readable HDF5 file (damaged or cut short?): {error}"
         ) from None

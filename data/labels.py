@@ -248,10 +248,10 @@ class LabelReader:
         if results.get("free_energy") == results.get("energy"):
             used.add("free_energy")  # the same number under another name
         pattern = re.compile("energy|force|stress|virial", re.IGNORECASE)
+        explained = [text.partition(":")[0] for text in frame.ignored]
         for place, names in (("info", info), ("arrays", atoms.arrays), ("calculator", results)):
-            frame.ignored += [
-                f"{n} ({place})" for n in names if pattern.search(n) and n not in used
-            ]
+            left = [f"{n} ({place})" for n in names if pattern.search(n) and n not in used]
+            frame.ignored += [text for text in left if text not in explained]
         return frame
 
     def _read_stress(

@@ -17,6 +17,7 @@ from scipy.spatial import cKDTree
 
 OVERLAP = 1e-3  # angstrom; closer pairs are a mistake of the input, not a structure
 MIN_HEIGHT = 1e-2  # angstrom between opposite faces; a thinner periodic cell is flat
+FAR = 1e9  # angstrom from the origin; beyond it float64 has no digits left for distances
 MAX_EDGES = 200_000_000
 CELLS_PER_ATOM = 8  # above this, matscipy's grid costs more than the tree
 MIN_GRID = 4096  # cells that cost nothing worth mentioning
@@ -82,8 +83,8 @@ def neighbor_list(
     Raises
     ------
     ValueError
-        For non-finite positions, an unusable cell, overlapping atoms, or more pairs than memory
-        could hold.
+        For positions that are not finite or too far away, an unusable cell, overlapping atoms, or
+        more pairs than memory could hold.
     """
     positions = np.asarray(positions, dtype=np.float64).reshape(-1, 3)
     cell = np.asarray(cell, dtype=np.float64)
@@ -94,6 +95,12 @@ def neighbor_list(
     if not finite.all():
         atom = int(np.flatnonzero(~finite.all(axis=1))[0])
         raise ValueError(f"atom {atom} has a non-finite position {positions[atom].tolist()}")
+    if np.abs(positions).max(initial=0.0) > FAR:
+        atom = int(np.abs(positions).max(axis=1).argmax())
+        raise ValueError(
+            f"atom {atom} is at {positions[atom].tolist()}, more than {FAR:g} angstrom away: "
+            f"distances are lost to rounding; move the structure to the origin"
+        )
     check_cell(cell, pbc)
     num_atoms = len(positions)
     if num_atoms == 0:

@@ -379,6 +379,7 @@ BAD = [
     (broken(numbers=[14] * 7 + [0]), r"X \(atom 7\)"),
     (with_position(3, np.nan), r"atom 3 \(Si\)"),
     (with_position(3, [np.inf, 0, 0]), r"atom 3 \(Si\)"),
+    (with_position(3, [1e12, 0, 0]), r"atom 3 \(Si\) .* lost to rounding"),
     (with_position(3, GOOD.positions[5]), r"overlap"),
     (with_position(3, GOOD.positions[5] + 0.05), r"atom [35] \(Si\) and atom [35] \(Si\)"),
     (with_position(3, GOOD.positions[5] + GOOD.cell[0]), "overlap"),
