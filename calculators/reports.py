@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,15 @@ from rich.table import Table
 
 from mlip.calculators.dynamics import MDResult, run_md
 from mlip.calculators.relaxation import RelaxResult, last_frame, relax
+from mlip.data.export import require_writable
 
 
 def relax_and_report(
     structures: Sequence[str], model: Any, *, out: str | None = None, **settings: Any
 ) -> bool:
     """``relax``, a table of the results, and the structures in ``out``; whether all converged."""
+    if out is not None:
+        require_writable(Path(out))  # an ending or folder that is wrong must not cost the work
     console = _console()
     columns = (TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:

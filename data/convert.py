@@ -107,8 +107,6 @@ def convert(
             raise FileExistsError(
                 f"{output} exists; choose another name or pass overwrite (--overwrite)"
             )
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"{output.parent} is not a folder; create it first")
     if output.suffix not in HDF5_SUFFIXES:
         require_writable(output)
     report = ConversionReport(output, files)

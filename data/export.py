@@ -20,15 +20,17 @@ from mlip.data.labels import Frame
 
 
 def require_writable(path: Path) -> None:
-    """Raise ValueError unless ASE writes a format of this ending."""
+    """Raise before any work is done unless ASE writes a format of this ending in this folder."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a folder; create it first")
     try:
         kind = get_ioformat(filetype(str(path), read=False))
     except UnknownFileTypeError:
         kind = None
     if kind is None or not (kind.can_write or kind.name in ("db", "json")):
         raise ValueError(
-            f"{path}: no format that can be written has this ending; take .h5 for a data file, "
-            f"or .xyz, .traj, .db"
+            f"{path}: no format that can be written has this ending; take .xyz, .traj or "
+            f".db (.h5 for a data file)"
         )
 
 

@@ -249,9 +249,9 @@ def evaluate_files(
         raise ValueError(f"dtype must be float32 or float64, got '{dtype}'")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    potential = load(find(model), device=device, dtype=getattr(torch, dtype) if dtype else None)
+    potential = load(
+        find(model), device=_device(device), dtype=getattr(torch, dtype) if dtype else None
+    )
     folders = [None if out is None else Path(out) for _ in data]
     if len(data) > 1:
         stems = [Path(path).stem for path in data]
@@ -262,6 +262,18 @@ def evaluate_files(
         evaluate_file(potential, path, folder, batch_size=batch_size)
         for path, folder in zip(data, folders, strict=True)
     ]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device '{name}': give auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device '{name}': torch sees no GPU here; give cpu or auto")
+    return device
 
 
 def check_elements(potential: Potential, dataset: HDF5Dataset) -> None:

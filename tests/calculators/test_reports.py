@@ -44,6 +44,14 @@ def test_relax_finishes_what_it_can_and_says_so(files) -> None:
         assert word in text
 
 
+@pytest.mark.parametrize("out", ["r.foo", "r", "nowhere/r.xyz"])
+def test_an_output_that_cannot_be_written_costs_no_relaxation(files, monkeypatch, out) -> None:
+    monkeypatch.setattr("mlip.calculators.reports.relax", None)  # calling it would be a TypeError
+    code, text = run("relax", "si.xyz", "-m", "m.safetensors", "--out", out)
+    assert code == 1 and out.partition("/")[0] in text
+    assert "no format" in text or "not a folder" in text
+
+
 def test_md_restart_and_no_loss_of_earlier_files(files) -> None:
     start = ("md", "si.xyz", "-m", "m.safetensors", "--interval", "2")
     code, text = run(*start, "--steps", "4")

@@ -1,4 +1,4 @@
-"""Arrays of other dtypes and layouts, as programs leave them in ``Atoms``, mean the same numbers."""
+"""Arrays of other dtypes and layouts, as programs leave them, mean the same numbers."""
 
 from __future__ import annotations
 

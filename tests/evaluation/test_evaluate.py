@@ -161,6 +161,9 @@ def test_unknown_elements_and_options_are_named(model: Path, tmp_path: Path) -> 
         evaluate_file(checkpoint.load(model), tmp_path / "gold.h5")
     with pytest.raises(ValueError, match="float16"):
         evaluate_files(model, [tmp_path / "gold.h5"], dtype="float16")
+    for device in ("foo", *(() if torch.cuda.is_available() else ("cuda", "cuda:1"))):
+        with pytest.raises(ValueError, match=rf"device '{device}'.*cpu"):
+            evaluate_files(model, [tmp_path / "gold.h5"], device=device)
     with pytest.raises(ValueError, match="same name"):
         evaluate_files(model, ["a/x.h5", "b/x.h5"])
 
