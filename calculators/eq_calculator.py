@@ -106,9 +106,9 @@ class EqCalculator(Calculator):
     def __init__(
         self,
         model: ModelSource | None = None,
-        *,
         device: str | torch.device | None = "auto",
         dtype: str | torch.dtype | None = None,
+        *,
         skin: float = 0.5,
         symmetrize: str | RotationAveragingConfig | None = None,
         energy_units_to_eV: float = 1.0,

@@ -8,15 +8,23 @@ neighbour's image.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch_geometric.data import Data
 
 from mlip.data.neighbors import neighbor_list
+
+_environment = set(os.environ)
+from torch_geometric.data import Data  # noqa: E402
+
+# PyG loads torch's compiler, which leaves the folder of its cache in the environment of the user's
+# program and of its children; the compiler sets it again when it is used.
+for _name in set(os.environ) - _environment:
+    del os.environ[_name]
 
 if TYPE_CHECKING:
     from ase import Atoms

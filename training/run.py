@@ -388,12 +388,13 @@ def _fingerprint(config: TrainConfig, data: RunData) -> dict[str, Any]:
 def _train_loader(d: DataConfig, dataset: HDF5Dataset, seed: int, pin: bool) -> GraphLoader:
     size, batch = distributed.world_size(), d.batch_size
     if batch is not None:
-        if batch % size:
-            raise ValueError(
-                f"data.batch_size={batch} cannot be shared by {size} processes; "
-                f"take a multiple of {size}"
-            )
-        batch //= size
+        share = -(-batch // size)
+        if share * size != batch:
+            logger.warning(
+                "data.batch_size=%d cannot be shared by %d processes, taking %d",
+                batch, size, share * size,
+            )  # fmt: skip
+        batch = share
     return GraphLoader(
         dataset,
         batch_size=batch,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from ase import Atoms
@@ -39,6 +42,19 @@ def test_other_names_of_the_model(toy, alias: str) -> None:
     assert EqCalculator(**{alias: toy}).cutoff == 5.0
     with pytest.raises(TypeError, match=alias):
         EqCalculator(toy, **{alias: toy})
+
+
+def test_device_and_dtype_may_be_given_by_position() -> None:
+    calc = EqCalculator("silicon", "cpu", "float64")
+    assert calc.device.type == "cpu" and calc.dtype is torch.float64
+
+
+def test_importing_the_calculator_leaves_the_environment_alone() -> None:
+    code = (
+        "import os; before = dict(os.environ); from mlip.calculators import EqCalculator, run_md; "
+        "EqCalculator('silicon'); assert dict(os.environ) == before, set(os.environ) ^ set(before)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_habits_of_other_calculators(toy) -> None:

@@ -146,8 +146,13 @@ def test_a_killed_process_ends_the_other(configure: Configure, spawn: Any) -> No
     assert children[0].exitcode not in (0, None)
 
 
-def test_batches_must_be_shareable(configure: Configure, spawn: Any) -> None:
-    config = configure(data={"batch_size": 3})
-    run_pair(config, spawn, None, [1, 1])
-    # one process takes any size
-    train(configure("alone", data={"batch_size": 3}, schedule={"max_epochs": 1}))
+def test_a_batch_that_cannot_be_shared_is_rounded_up(configure: Configure, spawn: Any) -> None:
+    odd = configure("odd", data={"batch_size": 3}, schedule={"max_epochs": 2})
+    even = configure("even", data={"batch_size": 4}, schedule={"max_epochs": 2})
+    for config in (odd, even):
+        run_pair(config, spawn, None, [0, 0])
+    assert_same_bits(odd.run_dir / BEST, even.run_dir / BEST)
+    assert "batch_size=3 cannot be shared by 2 processes, taking 4" in (
+        odd.run_dir / "train.log"
+    ).read_text(encoding="utf-8")
+    assert "cannot be shared" not in (even.run_dir / "train.log").read_text(encoding="utf-8")
