@@ -258,6 +258,11 @@ def test_run_folder_and_resume_rules(configure: Configure, copper: Path) -> None
     assert names >= {"config.yaml", "log.csv", "log.jsonl", "errors.txt", "train.log"}
     assert names >= {"parity.png", "learning_curve.png", "tensorboard"}
     assert not any(name.endswith(".tmp") for name in names)
+    (row,) = read_rows(config.run_dir)  # of a model that is exact up to float32
+    assert 0 < row["valid_symmetry_forces_rms"] < 1e-4
+    log = (config.run_dir / "train.log").read_text()
+    assert f"symmetry E {1000 * row['valid_symmetry_energy_rms']:.2g} meV/atom" in log
+    assert "valid: symmetry error (RMS over" in (config.run_dir / "errors.txt").read_text()
     with pytest.raises(ValueError, match=r"holds a training run.*--resume"):
         train(config)
     other = configure(model={**SMALL, "channels": 4}, schedule={"max_epochs": 1}, resume="auto")
