@@ -168,6 +168,10 @@ def test_habitual_names_are_understood() -> None:
     from mlip.config import dotted_names
     from mlip.training.config import config_class
 
+    config = parse_training({"train_file": "a.h5", "E0s": {14: -0.8, 8: -2}, "device": "cpu"})
+    assert (config.data.e0, config.runtime.device) == ({"Si": -0.8, "O": -2.0}, "cpu")
+    with pytest.raises(ConfigError, match="'119' is not the symbol"):
+        parse_training({"train_file": "a.h5", "E0s": {119: -0.8}})
     assert set(ALIASES.values()) <= set(dotted_names(config_class("facet")))
 
 

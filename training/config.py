@@ -74,6 +74,9 @@ ALIASES: dict[str, str] = {
     "num_workers": "data.num_workers",
     "E0s": "data.e0",
     "r_max": "model.cutoff",
+    "num_channels": "model.channels",
+    "num_interactions": "model.num_layers",
+    "max_L": "model.lmax",
     "loss": "loss.kind",
     "huber_delta": "loss.delta",
     "energy_weight": "loss.energy",
@@ -87,6 +90,7 @@ ALIASES: dict[str, str] = {
     "max_num_epochs": "schedule.max_epochs",
     "patience": "schedule.early_stop",
     "default_dtype": "precision.dtype",
+    "device": "runtime.device",
     "work_dir": "run_dir",
 }
 
@@ -109,7 +113,7 @@ def _paths(value: Any) -> Any:
 
 def _reference(value: Any) -> Any:
     """Reference energies: how to get them, or a table by symbol."""
-    from ase.data import atomic_numbers
+    from ase.data import atomic_numbers, chemical_symbols
 
     if isinstance(value, str):
         value = {"IsolatedAtom": "isolated", "average": "least_squares"}.get(value, value)
@@ -121,6 +125,8 @@ def _reference(value: Any) -> Any:
         raise ValueError("write auto, isolated, least_squares, or a table such as {Si: -0.81}")
     table = {}
     for symbol, energy in value.items():
+        if isinstance(symbol, int) and 0 < symbol < len(chemical_symbols):  # MACE's keys
+            symbol = chemical_symbols[symbol]
         if symbol not in atomic_numbers or symbol == "X":
             raise ValueError(f"'{symbol}' is not the symbol of an element")
         try:
