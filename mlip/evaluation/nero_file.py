@@ -45,8 +45,9 @@ def write_nero(nero: Nero, path: str | Path) -> None:
         file.attrs["units"] = "errors meV/atom, meV/angstrom; labels eV, eV/angstrom; degrees"
         file.attrs["created_by"] = f"mlip {mlip.__version__}"
         _write_samples(file.create_group("samples"), nero.samples)
+        orbits = file.create_group("orbits", track_order=True)
         for orbit in nero.orbits:
-            group = file.create_group(f"orbits/{orbit.name}")
+            group = orbits.create_group(orbit.name)
             group.attrs["kind"] = orbit.kind
             group.attrs["shape"] = orbit.shape
             group["weights"] = orbit.weights

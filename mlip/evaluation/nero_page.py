@@ -70,7 +70,7 @@ def page_data(nero: Nero) -> dict[str, Any]:
             {
                 "name": name,
                 "orbits": {key: _packed(result) for key, result in results.items()},
-                "maps": _maps(next(iter(results.values()))),
+                "maps": _maps(results[nero.orbits[0].name]),
             }
             for name, results in nero.models.items()
         ],

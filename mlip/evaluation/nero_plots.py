@@ -13,8 +13,12 @@ from mlip.evaluation.orbits import Orbit
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FINE = 90  # rows of a drawn sphere
+COLOURS = ("#c8500a", "#1f6fb4", "#0b8a63", "#a3478f", "#9a7400", "#5a5f6b")  # those of the page
 DECADES = 6  # of a logarithmic colour scale, at most
 LOG_FROM = 30.0  # ratio of errors from which a scale is logarithmic
+FLOOR = 1e-12  # where a deviation of zero is drawn
+WORDS = {"energy": "energy", "forces": "force"}
 TITLES = {
     "plane": "rotation about z / degrees",
     "translations": "translation / Å",
@@ -33,7 +37,11 @@ def sphere_map(orbit: Orbit, errors: np.ndarray) -> np.ndarray:
 
 
 def sphere_figure(
-    nero: Nero, path: str | Path, orbit: str = "rotations", sample: int | None = None
+    nero: Nero,
+    path: str | Path,
+    orbit: str = "rotations",
+    sample: int | None = None,
+    reference: str = "consensus",
 ) -> None:
     """Whole-sphere maps (Mollweide), one row for each quantity and one column for each model.
 
@@ -42,13 +50,14 @@ def sphere_figure(
     path : PNG or PDF
     orbit : "rotations" or "reflections"
     sample : one sample; by default the root mean square over all
+    reference : "consensus" or "label", as of ``OrbitErrors.errors``
     """
     chosen = next(o for o in nero.orbits if o.name == orbit)
     figure = _figure(3.1 * len(nero.models) + 0.6, 2.1 * len(QUANTITIES))
     grid = figure.add_gridspec(len(QUANTITIES), len(nero.models))
     for row, quantity in enumerate(QUANTITIES):
         maps = {
-            name: sphere_map(chosen, _values(results[orbit], quantity, sample))
+            name: sphere_map(chosen, _values(results[orbit], quantity, sample, reference))
             for name, results in nero.models.items()
         }
         norm = _norm(np.stack(list(maps.values())))
@@ -60,28 +69,41 @@ def sphere_figure(
                 axis.set_title(name, fontsize="medium", parse_math=False)
             axes.append(axis)
         bar = figure.colorbar(drawn, ax=axes, shrink=0.85, pad=0.02)
-        bar.set_label(f"{'force' if quantity == 'forces' else quantity} error / {UNITS[quantity]}")
+        bar.set_label(f"{WORDS[quantity]} error / {UNITS[quantity]}")
     figure.savefig(path, dpi=200)
 
 
 def _draw(axis: Any, orbit: Orbit, values: np.ndarray, norm: Any) -> Any:
-    azimuth = values.shape[1]
-    # Cell edges midway between the nodes; the map's longitude runs from -pi to pi.
-    latitude = np.pi / 2 - np.radians(orbit.coordinates()["theta"])
-    rows = np.concatenate([[np.pi / 2], (latitude[1:] + latitude[:-1]) / 2, [-np.pi / 2]])
-    columns = (np.arange(azimuth + 1) - azimuth / 2) * 2 * np.pi / azimuth
+    smooth = interpolated(values, np.radians(orbit.coordinates()["theta"]))
     drawn = axis.pcolormesh(
-        columns,
-        rows,
-        np.roll(values, azimuth // 2, axis=1),
+        np.linspace(-np.pi, np.pi, 2 * FINE + 1),
+        np.linspace(np.pi / 2, -np.pi / 2, FINE + 1),
+        smooth,
         norm=norm,
         cmap="viridis",
         rasterized=True,
     )
     axis.grid(color="white", alpha=0.25, lw=0.4)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set_xticklabels([])
+    axis.set_yticklabels([])
     return drawn
+
+
+def interpolated(values: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    """(polar, azimuth) on rings at ``theta`` -> (FINE, 2 FINE), uniform from longitude -pi, by a
+    spline through all points; no new extremes."""
+    from scipy.interpolate import RectBivariateSpline
+
+    azimuth = values.shape[1]
+    # Beyond a pole a meridian goes on half a turn further; around, it closes.
+    over = np.roll(values, azimuth // 2, axis=1)
+    rows = np.concatenate([over[1::-1], values, over[:-3:-1]])
+    nodes = np.concatenate([-theta[1::-1], theta, 2 * np.pi - theta[:-3:-1]])
+    columns = np.arange(-azimuth, 2 * azimuth)
+    spline = RectBivariateSpline(nodes, columns * 2 * np.pi / azimuth, np.tile(rows, 3))
+    fine_theta = (np.arange(FINE) + 0.5) * np.pi / FINE
+    fine_phi = (np.arange(2 * FINE) + 0.5) * np.pi / FINE - np.pi
+    return np.clip(spline(fine_theta, fine_phi), values.min(), values.max())
 
 
 def curve_figure(nero: Nero, path: str | Path, sample: int | None = None) -> None:
@@ -94,33 +116,35 @@ def curve_figure(nero: Nero, path: str | Path, sample: int | None = None) -> Non
     ]
     if not shown:
         return
-    figure = _figure(3.4 * len(shown), 2.5 * len(QUANTITIES))
-    for row, quantity in enumerate(QUANTITIES):
-        for column, orbit in enumerate(shown):
-            axis = figure.add_subplot(len(QUANTITIES), len(shown), row * len(shown) + column + 1)
+    figure = _figure(3.4 * len(shown), 2.8 * len(QUANTITIES))
+    rows = figure.subplots(len(QUANTITIES), len(shown), sharey="row", squeeze=False)
+    for quantity, axes in zip(QUANTITIES, rows, strict=True):
+        for axis, orbit in zip(axes, shown, strict=True):
             (x,) = orbit.coordinates().values()
-            ticks = x if x.dtype.kind == "U" else None
-            place = np.arange(len(x)) if ticks is not None else x
-            style = "-" if orbit.kind == "curve" else "o"
-            for name, results in nero.models.items():
+            named = x.dtype.kind == "U"
+            place = np.arange(len(x)) if named else x
+            for k, (name, results) in enumerate(nero.models.items()):
                 y = _values(results[orbit.name], quantity, sample, "consensus")
-                axis.plot(place, np.maximum(y, 1e-12), style, ms=3, lw=1.2, label=f"{name}")
+                axis.plot(
+                    place,
+                    np.where(y > 0, y, FLOOR),
+                    "-" if orbit.kind == "curve" else "o",
+                    color=COLOURS[k % len(COLOURS)],
+                    ms=3,
+                    lw=1.2,
+                    label=name,
+                )
             axis.set_yscale("log")
-            if ticks is not None:
-                axis.set_xticks(place, ticks, rotation=60, ha="right", fontsize="x-small")
+            if named:
+                axis.set_xticks(place, x, rotation=60, ha="right", fontsize="x-small")
             axis.set_xlabel(TITLES[orbit.name])
-            if column == 0:
-                word = "force" if quantity == "forces" else quantity
-                axis.set_ylabel(f"{word} deviation / {UNITS[quantity]}")
-            if row == column == 0:
-                for text in axis.legend(fontsize="small").get_texts():
-                    text.set_parse_math(False)  # names come from files
+        axes[0].set_ylabel(f"{WORDS[quantity]} deviation / {UNITS[quantity]}")
+    for text in rows[0, 0].legend(fontsize="small").get_texts():
+        text.set_parse_math(False)  # names come from files
     figure.savefig(path, dpi=200)
 
 
-def _values(
-    result: OrbitErrors, quantity: str, sample: int | None, reference: str = "label"
-) -> np.ndarray:
+def _values(result: OrbitErrors, quantity: str, sample: int | None, reference: str) -> np.ndarray:
     errors = result.errors(quantity, reference)
     return aggregate(errors) if sample is None else errors[sample]
 

@@ -114,8 +114,10 @@ def uniform(points: int) -> np.ndarray:
 
 
 class TiltAndSpin(MatrixOrbit):
-    """SO(3): the structure's z axis points to (theta, phi), after a turn by the spin angle about
-    itself.
+    """SO(3): a turn by the spin angle about the structure's z axis, then the shortest tilt after
+    which this points to (theta, phi).
+
+    R = Rz(phi) Ry(theta) Rz(spin - phi); with a spin the map is smooth but for the south pole.
 
     Mean values are exact for Wigner matrices of degree up to ``min(2 polar, azimuth, spin) - 1``.
     """
@@ -136,7 +138,7 @@ class TiltAndSpin(MatrixOrbit):
         theta, phi, spin = np.radians(
             np.stack(np.meshgrid(*self.coordinates().values(), indexing="ij"))
         )
-        return (about_z(phi) @ about_y(theta) @ about_z(spin)).reshape(-1, 3, 3)
+        return (about_z(phi) @ about_y(theta) @ about_z(spin - phi)).reshape(-1, 3, 3)
 
 
 class MirrorPlanes(MatrixOrbit):

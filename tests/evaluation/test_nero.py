@@ -36,7 +36,7 @@ from mlip.evaluation.nero import (
 )
 from mlip.evaluation.nero_file import read_nero, write_nero
 from mlip.evaluation.nero_page import embedded_json, page, page_data
-from mlip.evaluation.nero_plots import curve_figure, sphere_figure, sphere_map
+from mlip.evaluation.nero_plots import FINE, curve_figure, interpolated, sphere_figure, sphere_map
 from mlip.evaluation.nero_report import display_names, write_report
 from mlip.evaluation.orbits import CELLS, TiltAndSpin, orbits
 from mlip.models import build
@@ -246,6 +246,22 @@ def test_map_of_samples_keeps_their_distances() -> None:
     assert not alone.any() and not none.any()
 
 
+def test_drawn_spheres_pass_through_smooth_functions() -> None:
+    orbit = TiltAndSpin(8, 16, 3)
+    theta, phi = (np.radians(orbit.coordinates()[key]) for key in ("theta", "phi"))
+
+    def function(t: np.ndarray, p: np.ndarray) -> np.ndarray:
+        x, y, z = np.sin(t) * np.cos(p), np.sin(t) * np.sin(p), np.cos(t)
+        return 2 + x - 0.5 * y * z + z
+
+    fine = interpolated(function(theta[:, None], phi), theta)
+    t, p = (np.arange(FINE) + 0.5) * np.pi / FINE, (np.arange(2 * FINE) + 0.5) * np.pi / FINE
+    inside = slice(10, -10)  # no new extremes: the poles are cut to the outermost rings' values
+    exact = function(t[:, None], p - np.pi)
+    np.testing.assert_allclose(fine[inside], exact[inside], atol=0.02)
+    assert np.abs(fine - exact).max() < 0.1
+
+
 def test_mirror_planes_are_drawn_at_both_normals(mixed: Nero) -> None:
     orbit = next(o for o in mixed.orbits if o.name == "reflections")
     half = orbit.shape[1]
@@ -314,7 +330,7 @@ def test_page_draws_itself_in_a_browser(mixed: Nero, tmp_path: Path) -> None:
     done = subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000",
          f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom",
-         f"file://{tmp_path / 'nero.html'}#orbit=cells"],
+         f"file://{tmp_path / 'nero.html'}#orbit=cells&reference=label"],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr

@@ -38,7 +38,7 @@ function drawBar(canvas, scale) {
     context.moveTo(at, 14);
     context.lineTo(at, 19);
     context.stroke();
-    const text = format(x, 2), half = context.measureText(text).width / 2;
+    const text = tickText(x), half = context.measureText(text).width / 2;
     context.textAlign = "center";
     if (at + half < free) context.fillText(text, Math.max(at, left + half), 22);
   }
@@ -118,10 +118,14 @@ function drawChart(canvas) {
   const width = canvas.clientWidth, height = 330, context = fit(canvas, width, height);
   if (!state.tab) return null;
   const grid = data.orbits[state.tab], key = Object.keys(grid.axes)[0], axis = grid.axes[key];
-  const named = typeof axis[0] === "string", xs = named ? axis.map((_, k) => k) : axis;
-  const series = data.models.map((model) => Array.from(errors(model.orbits[state.tab], state.sample)));
+  const named = typeof axis[0] === "string", closed = key === "angle"; // a full turn ends where it began
+  const xs = named ? axis.map((_, k) => k) : closed ? [...axis, 360] : axis;
+  const series = data.models.map((model) => {
+    const values = Array.from(errors(model.orbits[state.tab], state.sample));
+    return closed ? [...values, values[0]] : values;
+  });
   const all = series.flat().filter((x) => Number.isFinite(x));
-  const pad = { left: 66, right: 16, top: 14, bottom: named ? 118 : 46 };
+  const pad = { left: 70, right: 16, top: 14, bottom: named ? 118 : 46 };
   context.font = `13px ${FONT}`;
   context.fillStyle = ink("--quiet");
   if (!all.length) {
@@ -143,11 +147,11 @@ function drawChart(canvas) {
     context.moveTo(pad.left, Y(y));
     context.lineTo(width - pad.right, Y(y));
     context.stroke();
-    context.fillText(format(y, 2), pad.left - 8, Y(y));
+    context.fillText(tickText(y), pad.left - 8, Y(y));
   }
   context.textBaseline = "top";
   context.textAlign = "center";
-  const marks = named ? xs : key === "angle" ? [0, 60, 120, 180, 240, 300, 360] : ticks({ low: x0, high: x1 }, 8);
+  const marks = named ? xs : closed ? [0, 60, 120, 180, 240, 300, 360] : ticks({ low: x0, high: x1 }, 8);
   for (const x of marks) {
     if (x < x0 || x > x1) continue;
     if (named) {
@@ -157,7 +161,7 @@ function drawChart(canvas) {
       context.textAlign = "right";
       context.fillText(axis[x], 0, 0);
       context.restore();
-    } else context.fillText(format(x), X(x), height - pad.bottom + 8);
+    } else context.fillText(String(Number(x.toPrecision(4))), X(x), height - pad.bottom + 8);
   }
   context.fillText(AXES[state.tab] ?? "", pad.left + (width - pad.left - pad.right) / 2, height - 17);
   context.save();
@@ -182,5 +186,5 @@ function drawChart(canvas) {
         context.fill();
       });
   });
-  return { xs, axis, series, X, key };
+  return { xs, axis: closed ? xs : axis, series, X, key };
 }

@@ -80,12 +80,9 @@ function readHash() {
   if (set.has("sample")) state.sample = Math.max(-1, Math.min(S - 1, Number(set.get("sample")) | 0));
   if (["light", "dark"].includes(set.get("theme"))) document.documentElement.dataset.theme = set.get("theme");
   state.flat = set.get("projection") === "map";
-  state.log = set.has("scale") ? set.get("scale") === "log" : wide();
-}
-function wide() {
-  if (!state.sphere) return false;
-  const all = data.models.flatMap((model) => sphereMap(data.orbits[state.sphere], errors(model.orbits[state.sphere], -1)).flat());
-  return Math.max(...all) > 100 * Math.max(Math.min(...all), 1e-12);
+  state.log = set.get("scale") === "log";
+  const turns = data.orbits.rotations?.axes.spin.length ?? 0;
+  if (set.has("turn")) state.spin = Math.max(-1, Math.min(turns - 1, Number(set.get("turn")) | 0));
 }
 
 function setTheme(theme) {
@@ -166,16 +163,16 @@ function choice(parent, title, options, current, set) {
 function controls() {
   const nav = $("controls"), off = !anyLabels();
   nav.replaceChildren();
+  choice(nav, "", [[-1, `all ${S} samples`], ...data.samples.map((s, k) => [k, s.name])], state.sample, (v) => (state.sample = v));
   segments(nav, "error of", [["forces", "Forces"], ["energy", "Energy"]], state.quantity, (v) => (state.quantity = v));
   segments(nav, "against", [["label", "Labels", off], ["consensus", "Consensus"]], off ? "consensus" : state.reference, (v) => (state.reference = v));
-  segments(nav, "scale", [[false, "Linear"], [true, "Log"]], state.log, (v) => (state.log = v));
+  segments(nav, "", [[false, "Linear"], [true, "Log"]], state.log, (v) => (state.log = v));
   if (spheres.length) {
-    segments(nav, "orbit", spheres.map((name) => [name, TITLES[name]]), state.sphere, (v) => { state.sphere = v; state.pick = null; });
-    segments(nav, "as", [[false, "Globe"], [true, "Map"]], state.flat, (v) => (state.flat = v));
+    segments(nav, "", spheres.map((name) => [name, TITLES[name]]), state.sphere, (v) => { state.sphere = v; state.pick = null; });
+    segments(nav, "", [[false, "Globe"], [true, "Map"]], state.flat, (v) => (state.flat = v));
   }
   if (state.sphere === "rotations")
-    choice(nav, "turn about own z", [[-1, "average"], ...data.orbits.rotations.axes.spin.map((x, k) => [k, `${format(x)}°`])], state.spin, (v) => (state.spin = v));
-  choice(nav, "show", [[-1, `all ${S} samples`], ...data.samples.map((s, k) => [k, s.name])], state.sample, (v) => (state.sample = v));
+    choice(nav, "turn", [[-1, "all"], ...data.orbits.rotations.axes.spin.map((x, k) => [k, `${format(x)}°`])], state.spin, (v) => (state.spin = v));
 }
 
 function redraw(all = true) {
@@ -219,7 +216,7 @@ function refresh() {
   });
   const s = shown(), sample = data.samples[s];
   $("structure-title").textContent = sample.name;
-  const where = state.sample < 0 ? "largest deviation; " : "";
+  const where = state.sample < 0 ? "the largest symmetry error · " : "";
   const hint = state.pick ? (state.sphere === "reflections" ? "mirrored at the chosen plane" : "in the pose chosen on the sphere") : "click a sphere for a pose";
   $("structure-note").textContent = `${sample.formula} · ${where}${hint}`;
   const box = $("tabs"), legend = $("legend");
@@ -244,23 +241,23 @@ function refresh() {
 }
 
 function numbers(box, m, values, grid) {
-  const orbit = data.models[m].orbits[grid.name], total = rms(values, grid.weights);
+  const orbit = data.models[m].orbits[grid.name];
   const spread = rms(errors(orbit, state.sample, "consensus"), grid.weights);
   const which = state.sample >= 0 ? [state.sample] : data.samples.map((_, s) => s);
   const known = which.filter((s) => labelled(orbit, s));
   const square = (reference) => known.reduce((sum, s) => sum + rms(errorsOf(orbit, s, reference), grid.weights) ** 2, 0);
   const share = known.length ? (100 * square("consensus")) / (square("label") || 1) : NaN;
-  const low = Math.min(...values), high = Math.max(...values);
   box.replaceChildren();
   const cell = (value, text) => {
     const item = make("div");
     item.append(make("b", value), make("span", text));
     box.append(item);
   };
-  cell(format(total), `error, ${unit()}`);
-  cell(format(spread), `broken symmetry, ${unit()}`);
-  if (known.length) cell(share < 0.01 ? "< 0.01 %" : `${format(share)} %`, "of the squared error");
-  else cell(`${format(low)} … ${format(high)}`, "least … largest");
+  cell(format(spread), `symmetry error, ${unit()}`);
+  if (known.length) {
+    cell(share < 0.01 ? "< 0.01 %" : `${format(share)} %`, "of the squared error");
+    cell(format(Math.sqrt(square("label") / known.length)), `error to labels, ${unit()}`);
+  } else cell(format(Math.max(...values)), `at worst, ${unit()}`);
 }
 
 function table() {

@@ -10,7 +10,7 @@ for (const model of data.models)
     for (const key of ["energy", "energy_offset", "forces", "forces_label"]) orbit[key] = unpack(orbit[key]);
 
 const state = {
-  quantity: "forces", reference: "label", log: false, sphere: null, spin: -1, flat: false,
+  quantity: "forces", reference: "consensus", log: false, sphere: null, spin: -1, flat: false,
   sample: -1, pick: null, tab: null, view: null,
 };
 const S = data.samples.length;
@@ -42,6 +42,12 @@ function format(x, digits = 3) {
   }
   return x.toFixed(Math.max(0, digits - 1 - size));
 }
+
+// Powers of ten as such where they have many zeros.
+const tickText = (x) => {
+  const k = Math.log10(x);
+  return x > 0 && Math.abs(k - Math.round(k)) < 1e-9 && (k < -1.5 || k > 3.5) ? "10" + superscript(Math.round(k)) : String(Number(x.toPrecision(3)));
+};
 
 const labelled = (orbit, s) =>
   state.quantity === "energy" ? !Number.isNaN(orbit.energy_offset[s])

@@ -73,7 +73,7 @@ class Sphere {
   }
 
   layout() {
-    const width = this.canvas.clientWidth, height = Math.min(state.flat ? width / 2 + 16 : width, 330);
+    const width = this.canvas.clientWidth, height = Math.min(state.flat ? width / 2 + 16 : width, 372);
     const radius = state.flat ? Math.min(width / 4 - 10, height / 2 - 14) : Math.min(width, height) / 2 - 22;
     return { width, height, radius, cx: width / 2, cy: height / 2 };
   }
@@ -122,11 +122,16 @@ class Sphere {
     if (!state.flat) { // a faint edge makes the disc a ball and leaves its colours alone
       const shade = context.createRadialGradient(cx, cy, radius * 0.86, cx, cy, radius);
       shade.addColorStop(0, "rgba(0,0,0,0)");
-      shade.addColorStop(1, "rgba(0,0,0,0.28)");
+      shade.addColorStop(1, "rgba(0,0,0,0.20)");
       context.fillStyle = shade;
       context.fillRect(cx - radius, cy - radius, 2 * radius, 2 * radius);
     }
     context.restore();
+    context.beginPath();
+    context.ellipse(cx, cy, half, radius, 0, 0, 2 * Math.PI);
+    context.lineWidth = 1;
+    context.strokeStyle = ink("--quiet");
+    context.stroke();
     this.marks(context, cx, cy, radius);
   }
 
@@ -171,7 +176,7 @@ class Sphere {
         context.lineWidth = 1;
         context.strokeStyle = "rgba(0,0,0,0.55)";
         context.stroke();
-        const away = Math.hypot(p[0], p[1]), far = state.flat || away < 0.75 ? null : 1 + 13 / (radius * away);
+        const away = Math.hypot(p[0], p[1]), far = state.flat || away < 0.85 ? null : (1 + 12 / radius) / away;
         const [lx, ly] = far ? [cx + p[0] * radius * far, cy - p[1] * radius * far] : [x + 11, y - 9];
         const text = (sign < 0 ? "−" : "") + name;
         if (!far) {

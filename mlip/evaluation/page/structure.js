@@ -33,8 +33,8 @@ function pose() {
   const [x, y, z] = state.pick;
   if (state.sphere === "reflections")
     return [0, 1, 2].map((i) => [0, 1, 2].map((j) => (i === j ? 1 : 0) - 2 * state.pick[i] * state.pick[j]));
-  const spin = state.spin < 0 ? 0 : (data.orbits.rotations.axes.spin[state.spin] * Math.PI) / 180;
-  return multiply(multiply(rotation(2, Math.atan2(y, x)), rotation(1, Math.acos(z))), rotation(2, spin));
+  const spin = state.spin < 0 ? 0 : (data.orbits.rotations.axes.spin[state.spin] * Math.PI) / 180, phi = Math.atan2(y, x);
+  return multiply(multiply(rotation(2, phi), rotation(1, Math.acos(z))), rotation(2, spin - phi));
 }
 
 function drawStructure(canvas, sample) {
@@ -60,9 +60,9 @@ function drawStructure(canvas, sample) {
     for (const k of [i, j]) things.push([(middle[2] + at[k][2]) / 2 - 0.05, () => stick(at[k], middle, sample.numbers[k])]);
   }
   at.forEach((v, i) => things.push([v[2], () => ball(v, sample.numbers[i])]));
+  if (state.pick) things.push([apply(state.view, state.pick)[2] < 0 ? -1e8 : 1e8, () => arrow(context, place, sample.size)]);
   things.sort((p, q) => p[0] - q[0]).forEach(([, draw]) => draw());
   triad(context, height);
-  if (state.pick) arrow(context, place, sample.size);
 
   function stick(p, q, Z) {
     context.lineCap = "round";
@@ -110,7 +110,7 @@ function triad(context, height) {
 
 function arrow(context, place, size) {
   const v = apply(state.view, state.pick).map((x) => x * size);
-  const [x, y] = place(v), [x0, y0] = place(v.map((q) => q * 0.72)), angle = Math.atan2(y - y0, x - x0);
+  const [x, y] = place(v), [x0, y0] = place(v.map((q) => q * 0.55)), angle = Math.atan2(y - y0, x - x0);
   context.strokeStyle = context.fillStyle = ink("--accent");
   context.lineWidth = 2.5;
   context.beginPath();
