@@ -175,6 +175,12 @@ def test_habitual_names_are_understood() -> None:
     assert set(ALIASES.values()) <= set(dotted_names(config_class("facet")))
 
 
+@pytest.mark.parametrize("size", [None, "small"])
+def test_an_unknown_model_is_answered_with_the_names(size: str | None) -> None:
+    with pytest.raises(ConfigError, match=r"unknown model 'fasset'.*facet"):
+        parse_training({"data": {"train": "a.h5"}, "model": {"name": "fasset", "size": size}})
+
+
 def test_times() -> None:
     assert [seconds(t) for t in ("30m", "1h30m", "90s", "1h 5min", "12", 7)] == [
         1800,

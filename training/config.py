@@ -402,6 +402,7 @@ def parse_training(content: Mapping[str, Any], source: str = "configuration") ->
         name = model.get("name", "facet")
         if not isinstance(name, str):
             raise ConfigError(f"{source}: option 'model.name' is not a name (got {name!r})")
+        config_class(name)  # what is said of an unknown model comes before its size
         preset = SIZES.get(name, {}).get(str(model.get("size")), {})
         if model.get("size") is not None and name not in SIZES:
             raise ConfigError(f"{source}: option 'model.size': {name} has no presets of size")
