@@ -27,7 +27,9 @@ needs_shipped_model = pytest.mark.skipif("silicon" not in names(), reason="no sh
 
 
 def blocks(page: str, language: str = "") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXTS[page], re.M | re.S)
+    """Fenced blocks of a language, of none by default."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", TEXTS[page], re.M | re.S)
+    return [text for name, text in found if name == language]
 
 
 def run(*command: str, cwd: Path = ROOT, **environment: str) -> str:
