@@ -24,13 +24,13 @@ def _known(groups: dict[str, float]) -> dict[str, float]:
 class LatentConfig(Config):
     """Latents of each atom that rotate with it, the action being fixed."""
 
-    weight: float = Field(0.1, gt=0)
+    weight: float = Field(1.0, gt=0, description="of squares of latents, which are of size one")
 
 
 class PooledLatentConfig(Config):
     """TransIP's loss: a network predicts the rotated structure's mean latent."""
 
-    weight: float = Field(0.1, gt=0)
+    weight: float = Field(10.0, gt=0, description="of squares of mean latents")
     hidden: int = Field(128, ge=1, le=8192, description="width of the network")
 
 
@@ -52,7 +52,7 @@ class ProjectionConfig(Config):
     """Distance of the weights from equivariant ones; for models with irreps layers."""
 
     groups: Annotated[dict[str, float], AfterValidator(_known)] = Field(
-        {"O3": 1e-3}, description="strength for each group, of " + ", ".join(GROUPS)
+        {"O3": 0.01}, description="strength for each group, of " + ", ".join(GROUPS)
     )
     anneal: float = Field(
         1.0, ge=1, description="factor by which the strengths have grown at the end"
@@ -100,16 +100,16 @@ class SymmetryConfig(Config):
 
     reflect: bool = Field(True, description="mirror images belong to the rotations of all terms")
     latent: LatentConfig | None = Field(
-        None, description="latents of atoms with a fixed action: {weight: 0.1}"
+        None, description="latents of atoms with a fixed action: {weight: 1}"
     )
     pooled: PooledLatentConfig | None = Field(
-        None, description="mean latent with a learned action, as in TransIP: {weight: 0.1}"
+        None, description="mean latent with a learned action, as in TransIP: {weight: 10}"
     )
     variance: VarianceConfig | None = Field(
         None, description="variance of energy and forces: {energy: 100, forces: 100, views: 2}"
     )
     projection: ProjectionConfig | None = Field(
-        None, description="soft equivariance of weights (PER): {groups: {O3: 1e-3}}"
+        None, description="soft equivariance of weights (PER): {groups: {O3: 0.01}}"
     )
     constraint: ConstraintConfig | None = Field(
         None, description="dual variable, until forces agree within: {epsilon: 0.005}"

@@ -249,7 +249,7 @@ class Harmonics(nn.Module):
 
 def num_radial(c: TransIPConfig) -> int:
     """Radial functions of ``tokens="irreps"``, each times nine harmonics."""
-    return max(1, c.edge_functions // 9)
+    return max(1, c.edge_functions // 3)
 
 
 def wave_vectors(num_heads: int, num_planes: int, cutoff: float) -> Tensor:

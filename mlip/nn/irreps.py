@@ -22,22 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mlip.nn.rotations import wigner_matrices
 from mlip.nn.spherical import clebsch_gordan
 
 GROUPS = ("O3", "SO3", "O2_x", "O2_y", "O2_z", "mirror_x", "mirror_y", "mirror_z", "inversion")
-
-
-def wigner_matrices(R: Tensor, lmax: int) -> list[Tensor]:
-    """D_l (..., 2l+1, 2l+1), l = 0 ... lmax, of orthogonal matrices ``R`` (..., 3, 3).
-
-    Y(R r) = D(R) Y(r), also where det R = -1.
-    """
-    D = [torch.ones_like(R[..., :1, :1]), R]
-    for l in range(1, lmax):
-        C = clebsch_gordan(l, 1, l + 1).to(R)  # sum of squares one
-        higher = torch.einsum("abm,...ac,...bd,cdn->...mn", C, D[l], R, C)
-        D.append((2 * l + 3) * higher)
-    return D[: lmax + 1]
 
 
 def rotate_irreps(x: Tensor, multiplicities: Sequence[int], R: Tensor) -> Tensor:
