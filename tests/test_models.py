@@ -340,6 +340,19 @@ def test_visiting_float32_loses_no_constant(variant: str) -> None:
     assert potential.e0[8] == torch.linspace(-3, 3, 119, **TORCH_F64)[8]
 
 
+def test_the_default_dtype_at_building_leaves_no_trace(variant: str) -> None:
+    potential = make(variant)
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = make(variant)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    other.load_state_dict(potential.state_dict())
+    a, b = (evaluate(p, STRUCTURES["sheared"]()) for p in (potential, other))
+    close(b["energy"], a["energy"], 1e-12 * float(a["energy"].abs()))
+    close(b["forces"], a["forces"], 1e-11)
+
+
 def test_nothing_given_is_changed(potential: Potential) -> None:
     g = graph(STRUCTURES["sheared"]())
     before = copy.deepcopy(g)

@@ -273,7 +273,7 @@ class AngularChannels(nn.Module):
         l_of = degree_of_component(lmax)
         rows, channel, first = [], [], 0
         for l, n in enumerate(channels):
-            unit = torch.diag(1 / torch.sqrt(2 * l_of + 1.0))[l_of == l]  # (2l+1, LM)
+            unit = torch.diag((2 * l_of + 1).double().rsqrt())[l_of == l]  # (2l+1, LM)
             for k in range(n):
                 rows.append(unit)
                 channel += [first + k] * (2 * l + 1)
@@ -303,7 +303,7 @@ class Density(nn.Module):
         self.mix = nn.Parameter(torch.randn(lmax + 1, C, C) / math.sqrt(C))
         self.register_buffer("degree", l, persistent=False)
         self.sum = Constant(
-            (l == torch.arange(lmax + 1)[:, None]) / torch.sqrt(2 * l + 1.0)
+            (l == torch.arange(lmax + 1)[:, None]) * (2 * l + 1).double().rsqrt()
         )  # (L + 1, LM)
         self.update = mlp((lmax + 1) * C + H, 2 * H, H)
 

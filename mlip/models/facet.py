@@ -277,7 +277,8 @@ class Invariants(nn.Module):
     def __init__(self, lmax: int) -> None:
         super().__init__()
         l = degree_of_component(lmax)
-        rows = (l == torch.arange(lmax + 1)[:, None]) / (2 * torch.arange(lmax + 1)[:, None] + 1)
+        degree = torch.arange(lmax + 1)[:, None]
+        rows = (l == degree).double() / (2 * degree + 1)
         self.rows = Constant(rows)  # (L + 1, LM)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:

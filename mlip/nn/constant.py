@@ -14,13 +14,20 @@ class Constant(nn.Module):
 
     An ordinary buffer would come back rounded from a visit to float32, and with it a symmetry exact
     to 1e-7 only.  It is not part of the state dict.
+
+    Raises
+    ------
+    ValueError
+        If the given tensor is not float64: its digits would depend on the default dtype.
     """
 
     value: Tensor
 
     def __init__(self, exact: Tensor) -> None:
         super().__init__()
-        self.exact = exact.detach().to("cpu", torch.float64)
+        if exact.dtype != torch.float64:
+            raise ValueError(f"a constant has to be given in float64, not in {exact.dtype}")
+        self.exact = exact.detach().cpu()
         self.register_buffer("value", self.exact.to(torch.get_default_dtype()), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
