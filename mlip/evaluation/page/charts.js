@@ -81,7 +81,8 @@ class Scatter {
       context.arc(x, y, 5.5, 0, 2 * Math.PI);
       context.fillStyle = css(scale.of(sampleError(this.m, s)));
       context.fill();
-      context.strokeStyle = ink("--card");
+      context.strokeStyle = ink("--quiet");
+      context.lineWidth = 0.8;
       context.stroke();
     });
     if (state.sample >= 0) {
@@ -125,7 +126,7 @@ function drawChart(canvas) {
     return closed ? [...values, values[0]] : values;
   });
   const all = series.flat().filter((x) => Number.isFinite(x));
-  const pad = { left: 70, right: 16, top: 14, bottom: named ? 118 : 46 };
+  const pad = { left: 80, right: 16, top: 14, bottom: named ? 118 : 46 };
   context.font = `13px ${FONT}`;
   context.fillStyle = ink("--quiet");
   if (!all.length) {

@@ -23,6 +23,7 @@ let cards = [], chart = null, textures = [], scale = null, pending = false;
 function build() {
   $("source").textContent = data.source;
   const main = $("models");
+  main.style.maxWidth = `${600 * data.models.length}px`;
   data.models.forEach((model, m) => {
     const card = make("article", undefined, "card"), head = make("h2");
     const dot = make("span", undefined, "dot");
@@ -263,13 +264,13 @@ function numbers(box, m, values, grid) {
 function table() {
   const body = $("table");
   body.replaceChildren();
-  const head = make("tr");
-  head.append(make("th", `${word()} / ${unit()}`), ...names.map((name) => make("th", TITLES[name])));
+  const head = make("tr"), present = names.filter((name) => spheres.includes(name) || tabs.includes(name));
+  head.append(make("th", `${word()} / ${unit()}`), ...present.map((name) => make("th", TITLES[name])));
   body.append(head);
   for (const model of data.models) {
     const row = make("tr");
     row.append(make("td", model.name));
-    for (const name of names) row.append(make("td", format(rms(errors(model.orbits[name], state.sample, "consensus"), data.orbits[name].weights))));
+    for (const name of present) row.append(make("td", format(rms(errors(model.orbits[name], state.sample, "consensus"), data.orbits[name].weights))));
     body.append(row);
   }
 }

@@ -43,11 +43,12 @@ function format(x, digits = 3) {
   return x.toFixed(Math.max(0, digits - 1 - size));
 }
 
-// Powers of ten as such where they have many zeros.
-const tickText = (x) => {
-  const k = Math.log10(x);
-  return x > 0 && Math.abs(k - Math.round(k)) < 1e-9 && (k < -1.5 || k > 3.5) ? "10" + superscript(Math.round(k)) : String(Number(x.toPrecision(3)));
-};
+// Powers of ten as such where there were many zeros.
+function tickText(x) {
+  const k = Math.floor(Math.log10(x) + 1e-9), mantissa = Number((x / 10 ** k).toPrecision(3));
+  if (!(x > 0) || (k > -2 && k < 4)) return String(Number(x.toPrecision(3)));
+  return (mantissa === 1 ? "" : `${mantissa}·`) + "10" + superscript(k);
+}
 
 const labelled = (orbit, s) =>
   state.quantity === "energy" ? !Number.isNaN(orbit.energy_offset[s])
@@ -108,8 +109,9 @@ const css = (t) => {
   return `rgb(${r},${g},${b})`;
 };
 const DECADES = 8;
+const ROUND_OFF = 0.05; // meV; a linear scale that ended below would make patterns of round-off
 function makeScale(low, high) {
-  high = Math.max(high, 1e-12);
+  high = Math.max(high, state.log ? 1e-12 : ROUND_OFF);
   if (!state.log) return { low: 0, high, log: false, of: (x) => x / high };
   low = Math.max(Math.min(low, high / 3), high * 10 ** -DECADES);
   const a = Math.log10(low), b = Math.log10(high);
