@@ -307,6 +307,7 @@ def _reference_energies(
     if not fitted.any():
         return table, "isolated"
     names = ", ".join(chemical_symbols[z] for z in elements[fitted])
+    example = f"data.e0={{{', '.join(f'{chemical_symbols[z]}: 0.0' for z in elements[fitted])}}}"
     if choice == "isolated":
         raise ValueError(
             f"{dataset.path}: no isolated-atom frame with an energy for {names}; add one (one "
@@ -316,7 +317,7 @@ def _reference_energies(
     if len(totals) == 0:
         raise ValueError(
             f"{dataset.path}: no energies, so reference energies of {names} cannot be fitted; give "
-            f"a table"
+            f"a table, such as {example}"
         )
     if (~fitted).any():
         notes.append(
@@ -327,7 +328,7 @@ def _reference_energies(
     if not has.any():
         raise ValueError(
             f"{dataset.path}: no energy of a structure with {names}; give a table of reference "
-            f"energies"
+            f"energies, such as {example}"
         )
     table[fitted], ambiguous = fit_e0(counts[has][:, fitted], rest[has])
     symbols = [chemical_symbols[z] for z in elements[fitted]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import math
@@ -109,31 +110,46 @@ def _json_row(row: Mapping[str, Any]) -> str:
     return json.dumps(finite) + "\n"
 
 
+def require_loggers(config: LoggingConfig) -> None:
+    """Complain of a logger that is asked for and not installed, before any work is done.
+
+    Raises
+    ------
+    ValueError
+        With the command that installs it.
+    """
+    for wanted, module, extra in (
+        (config.tensorboard, "tensorboard", "tensorboard"),
+        (config.wandb, "wandb", "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(module) is None:
+            raise ValueError(
+                f"logging.{extra} is on, but {module} is not installed: "
+                f"pip install 'eqmlip[{extra}]'"
+            )
+
+
 def _tensorboard(config: LoggingConfig, run_dir: Path, rows: int) -> Any:
     if not config.tensorboard:
         return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError(
-            "logging.tensorboard needs TensorBoard: pip install 'eqmlip[tensorboard]'"
-        ) from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=rows or None)
 
 
 def _wandb(config: TrainConfig, run_dir: Path, rows: int) -> Any:
     if not config.logging.wandb:
         return None
-    try:
-        import wandb  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise ValueError("logging.wandb needs W&B: pip install 'eqmlip[wandb]'") from None
-    name = run_dir.resolve().name
-    return wandb.init(
+    import wandb  # type: ignore[import-not-found, unused-ignore]
+
+    noted = run_dir / "wandb_id.txt"  # a continued run goes on under its first number
+    run = wandb.init(
         project=config.logging.wandb_project,
-        name=name,
-        id=f"{name}-{config.seed}" if rows else None,
+        name=run_dir.resolve().name,
+        id=noted.read_text(encoding="utf-8") if rows and noted.exists() else None,
         resume="allow",
         dir=str(run_dir),
         config=config.model_dump(mode="json"),
     )
+    noted.write_text(run.id, encoding="utf-8")
+    return run

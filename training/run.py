@@ -37,7 +37,7 @@ from mlip.nn.zbl import ZBL
 from mlip.potential import Potential
 from mlip.training import distributed
 from mlip.training.config import DataConfig, TrainConfig, hyperparameters, to_yaml
-from mlip.training.log import read_rows
+from mlip.training.log import read_rows, require_loggers
 from mlip.training.loss import Objective
 from mlip.training.signals import StopSignals
 from mlip.training.symmetry_losses import symmetry_terms
@@ -72,6 +72,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     Interrupted
         After SIGTERM or Ctrl-C, with the state saved; its code is 143 or 130.
     """
+    require_loggers(config.logging)
     if config.runtime.tune_allocator:
         tune_allocator()
     if config.runtime.num_threads is not None:

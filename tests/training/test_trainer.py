@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import os
 import signal
+import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,6 +271,39 @@ def test_run_folder_and_resume_rules(configure: Configure, copper: Path) -> None
     other = configure(model={**SMALL, "channels": 4}, schedule={"max_epochs": 1}, resume="auto")
     with pytest.raises(ValueError, match=r"model\.channels was 8, now 4"):
         train(other)
+
+
+def test_wandb_gets_every_epoch_under_one_id(configure, monkeypatch) -> None:
+    class Run:
+        def __init__(self, **options) -> None:
+            self.id = options["id"] or f"id-{len(runs)}"
+            self.rows: list[dict] = []
+
+        def log(self, row: dict, step: int) -> None:
+            self.rows.append({**row, "step": step})
+
+        def finish(self) -> None:
+            pass
+
+    runs: list[Run] = []
+
+    def init(**options) -> Run:
+        runs.append(Run(**options))
+        return runs[-1]
+
+    module = types.ModuleType("wandb")
+    module.init = init
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    logging = {"wandb": True, "plots": False}
+    with pytest.raises(ValueError, match=r"pip install 'eqmlip\[wandb\]'"):
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        train(configure(schedule={"max_epochs": 1}, logging=logging))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    train(configure(schedule={"max_epochs": 1}, logging=logging))
+    train(configure(schedule={"max_epochs": 2}, logging=logging, resume="must"))
+    assert [run.id for run in runs] == ["id-0"] * 2
+    assert [row["step"] for run in runs for row in run.rows] == [1, 2]
+    assert all(row["valid_forces_mae"] > 0 for run in runs for row in run.rows)
 
 
 def test_saved_configuration_repeats_the_run(configure: Configure) -> None:
