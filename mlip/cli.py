@@ -162,6 +162,10 @@ def relax(
     dtype: Annotated[
         str, typer.Option(help="float32 or float64. [default: the model's]", show_default=False)
     ] = "",
+    symmetrize: Annotated[
+        str | None,
+        typer.Option(help="Average over rotations: octahedral, icosahedral, lebedev-11, ..."),
+    ] = None,
 ) -> None:
     """Relax structures; those that fail say why and the rest are finished.
 
@@ -185,6 +189,7 @@ def relax(
         symprec=symprec,
         device=device,
         dtype=dtype,
+        symmetrize=symmetrize,
     )
     if not finished:
         raise typer.Exit(1)
@@ -223,6 +228,10 @@ def md(
     dtype: Annotated[
         str, typer.Option(help="float32 or float64. [default: the model's]", show_default=False)
     ] = "",
+    symmetrize: Annotated[
+        str | None,
+        typer.Option(help="Average over rotations: octahedral, icosahedral, lebedev-11, ..."),
+    ] = None,
 ) -> None:
     """Run molecular dynamics with trajectory, log and exact restart.
 
@@ -254,6 +263,7 @@ def md(
         max_force=max_force,
         device=device,
         dtype=dtype,
+        symmetrize=symmetrize,
     )
 
 

@@ -65,8 +65,18 @@ def test_md_restart_and_no_loss_of_earlier_files(files) -> None:
     assert code == 0 and len(read("md.xyz")) == 16
 
 
+def test_averages_over_rotations(files) -> None:
+    many = ("-m", "m.safetensors", "--symmetrize", "tetrahedral")
+    code, text = run("relax", "si.xyz", *many, "--cell", "--out", "r.xyz")
+    assert code == 0, text
+    code, text = run("md", "r.xyz", *many, "--steps", "2", "--trajectory", "s.xyz")
+    assert code == 0, text
+    assert len(read("s.xyz", ":")) > 0
+
+
 def test_mistakes_are_one_line(files) -> None:
     for arguments, word in (
+        (("relax", "si.xyz", "-m", "m.safetensors", "--symmetrize", "cubic"), "octahedral"),
         (("md", "si.xyz", "-m", "nothing"), "nothing"),
         (("md", "si.xyz", "-m", "m.safetensors", "--ensemble", "nvt"), "langevin"),
         (("relax", "si.xyz", "-m", "m.safetensors", "--pressure", "3"), "cell"),
