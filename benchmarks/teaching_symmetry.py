@@ -25,15 +25,23 @@ AUGMENTED = ["data.augment=rotations"]
 COLUMNS: dict[str, list[str]] = {
     "none": [],
     "augmentation": AUGMENTED,
-    "pooled latent": [*AUGMENTED, "symmetry.pooled={weight: 0.1}"],
-    "atomic latents": [*AUGMENTED, "symmetry.latent={weight: 0.1}"],
+    "two views": [*AUGMENTED, "data.views=2"],
+    "pooled latent": [*AUGMENTED, "symmetry.pooled={weight: 10}"],
+    "atomic latents": [*AUGMENTED, "symmetry.latent={weight: 1}"],
     "variance": [*AUGMENTED, "symmetry.variance={energy: 100, forces: 100, views: 2}"],
-    "projection": [*AUGMENTED, "symmetry.projection={groups: {O3: 1e-3}}"],
-    "projection, annealed": [
-        *AUGMENTED,
-        "symmetry.projection={groups: {O3: 1e-3}, anneal: 1000, project_from: 0.5}",
-    ],
     "dual": [*AUGMENTED, "symmetry.constraint={epsilon: 0.005}"],
+    # Weights that can be projected are those between irreps: another form of the backbone.
+    "irreps, augmentation": [*AUGMENTED, "model.tokens=irreps"],
+    "irreps, projection": [
+        *AUGMENTED,
+        "model.tokens=irreps",
+        "symmetry.projection={groups: {O3: 1e-2}}",
+    ],
+    "irreps, annealed and projected": [
+        *AUGMENTED,
+        "model.tokens=irreps",
+        "symmetry.projection={groups: {O3: 1e-2}, anneal: 100, project_from: 0.5}",
+    ],
 }
 FILES = {
     "ethanol": ("rmd17/ethanol_train_01.xyz.gz", "rmd17/ethanol_test_01.xyz.gz"),
