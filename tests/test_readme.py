@@ -46,9 +46,9 @@ def run(*command: str, cwd: Path = ROOT, **environment: str) -> str:
 
 
 @needs_shipped_model
-def test_snippet_of_the_readme_runs(tmp_path: Path) -> None:
-    (snippet,) = blocks("README.md", "python")
-    output = run(sys.executable, "-c", snippet, cwd=tmp_path)
+def test_snippets_of_the_readme_run_one_after_the_other(tmp_path: Path) -> None:
+    snippets = [*blocks("README.md", "python"), "print(atoms.get_stress())"]
+    output = run(sys.executable, "-c", "\n".join(snippets), cwd=tmp_path)
     assert "converged" in output
 
 
