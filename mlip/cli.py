@@ -20,6 +20,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+# Options that several verbs have.
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[
+    str, typer.Option(help="float32 or float64. [default: the model's]", show_default=False)
+]
+Symmetrize = Annotated[
+    str | None,
+    typer.Option(help="Average over rotations: octahedral, icosahedral, lebedev-11, ..."),
+]
+
 
 def _version(asked: bool) -> None:
     if asked:
@@ -158,14 +168,9 @@ def relax(
     ] = "FIRE",
     symprec: Annotated[float, typer.Option(help="Tolerance of symmetry, angstrom.")] = 0.01,
     out: Annotated[str | None, typer.Option(help="Write the relaxed structures here.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="float32 or float64. [default: the model's]", show_default=False)
-    ] = "",
-    symmetrize: Annotated[
-        str | None,
-        typer.Option(help="Average over rotations: octahedral, icosahedral, lebedev-11, ..."),
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "",
+    symmetrize: Symmetrize = None,
 ) -> None:
     """Relax structures; those that fail say why and the rest are finished.
 
@@ -224,14 +229,9 @@ def md(
     ] = False,
     seed: Annotated[int, typer.Option(help="Of momenta and thermostat.")] = 0,
     max_force: Annotated[float, typer.Option(help="Stop beyond, eV/angstrom.")] = 1000.0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="float32 or float64. [default: the model's]", show_default=False)
-    ] = "",
-    symmetrize: Annotated[
-        str | None,
-        typer.Option(help="Average over rotations: octahedral, icosahedral, lebedev-11, ..."),
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "",
+    symmetrize: Symmetrize = None,
 ) -> None:
     """Run molecular dynamics with trajectory, log and exact restart.
 
@@ -303,10 +303,8 @@ def evaluate(
         str | None, typer.Option(help="Folder for tables, parity plots and predictions (extxyz).")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Structures at a time.")] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="float32 or float64. [default: the model's]", show_default=False)
-    ] = "",
+    device: Device = "auto",
+    dtype: Dtype = "",
 ) -> None:
     """Errors of a model on labelled data: MAE and RMSE of energy, forces and stress by config_type.
 
@@ -344,10 +342,8 @@ def nero(
         ),
     ] = None,
     figures: Annotated[bool, typer.Option(help="Also figures as PNG and PDF.")] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="float32 or float64. [default: the model's]", show_default=False)
-    ] = "",
+    device: Device = "auto",
+    dtype: Dtype = "",
 ) -> None:
     """Errors of models over all poses of a structure: is the symmetry known, and where is it not.
 
