@@ -35,6 +35,7 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.outputs import Properties, all_outputs
 from ase.stress import full_3x3_to_voigt_6_stress
 
+from mlip.calculators.info_inputs import InfoInputs
 from mlip.calculators.model_sources import (
     ModelSource,
     own_potentials,
@@ -59,9 +60,7 @@ FOREIGN = (
     "arrays_keys", "charges_key", "compile_mode", "enable_cueq", "enable_flash", "enable_oeq",
     "fullgraph", "head", "modal", "model_type", "task_name",
 )  # fmt: skip
-ATOMS_INFO = {"charge": ("charge", "total_charge"), "spin": ("spin", "total_spin")}
 IMPORTED_BY = os.getpid()
-NEUTRAL = {"charge": 0.0, "spin": 1.0}  # spin is the multiplicity
 
 
 class EqCalculator(Calculator):
@@ -87,9 +86,12 @@ class EqCalculator(Calculator):
     energy_units_to_eV, length_units_to_A : float
         Units of a model that was trained in others.
     info_keys : dict
-        Where ``atoms.info`` holds charge (e) and spin (multiplicity) for models that read them,
-        such as ``{"charge": "q"}``; ``charge`` or ``total_charge``, and ``spin`` or ``total_spin``
-        by default.
+        Where ``atoms.info`` holds charge (e), spin (multiplicity) and field (V/angstrom) for models
+        that read them, such as ``{"charge": "q"}``; by default ``charge`` or ``total_charge``,
+        ``spin`` or ``total_spin``, ``field`` or ``electric_field``.
+    field : 3 floats, optional
+        External vector for models that read one, where ``atoms.info`` has none; in the unit of the
+        training data, V/angstrom for an electric field.
     atoms, directory, label
         As in every ASE calculator.
 
@@ -114,6 +116,7 @@ class EqCalculator(Calculator):
         energy_units_to_eV: float = 1.0,
         length_units_to_A: float = 1.0,
         info_keys: Mapping[str, str] | None = None,
+        field: Sequence[float] | None = None,
         **options: Any,
     ) -> None:
         model = _take_alias(options, MODEL_ALIASES, "model", model)
@@ -137,13 +140,11 @@ class EqCalculator(Calculator):
             self.potentials = averaged(self.potentials, symmetrize)
         self.skin = skin
         self._energy_unit, self._length_unit = float(energy_units_to_eV), float(length_units_to_A)
-        self._info_keys = _parse_info_keys(info_keys)
+        self._inputs = InfoInputs(self.potentials, info_keys, field)
         self._caches = {p.cutoff: NeighborCache(p.cutoff, skin) for p in self.potentials}
         self._known = np.all(
             [~p.e0.isnan().cpu().numpy() for p in self.potentials], axis=0
         )  # (119,)
-        self._inputs = sorted({name for p in self.potentials for name in graph_inputs(p)})
-        self._warned: set[str] = set()
         self._lock = threading.RLock()
         self._has_spread = all(has_spread(p) for p in self.potentials)
         self.implemented_properties = [*SINGLE, *(SPREAD if len(self.potentials) > 1 else ())]
@@ -197,7 +198,8 @@ class EqCalculator(Calculator):
             return super().get_property(name, atoms, allow_calculation)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """Changes since the last calculation, with charge and spin if the model reads them."""
+        """Changes since the last calculation, of charge, spin and field if the model reads
+        them."""
         old = self.atoms
         if old is None or tol != 1e-15:
             changes = list(super().check_state(atoms, tol=tol))
@@ -212,7 +214,7 @@ class EqCalculator(Calculator):
                 )
                 if not np.array_equal(before, now)
             ]
-        if not changes and self._read_info(atoms) != self._read_info(self._given(None)):
+        if not changes and self._inputs.read(atoms) != self._inputs.read(self._given(None)):
             changes.append("info")
         return changes
 
@@ -265,17 +267,6 @@ class EqCalculator(Calculator):
             raise ValueError("no structure: pass atoms, nothing has been calculated yet")
         return atoms
 
-    def _read_info(self, atoms: Atoms) -> dict[str, float | None]:
-        """Inputs that the model reads besides the geometry; None where there is none."""
-        found: dict[str, float | None] = {}
-        for name in self._inputs:
-            values = [atoms.info[key] for key in self._info_keys[name] if key in atoms.info]
-            try:
-                found[name] = float(values[0]) if values else None
-            except (TypeError, ValueError):
-                raise ValueError(f"{name} in atoms.info is {values[0]!r}; give a number") from None
-        return found
-
     def _graph(self, atoms: Atoms, cutoff: float) -> AtomicGraph:
         positions = np.asarray(atoms.positions, dtype=np.float64) / self._length_unit
         cell = np.array(atoms.cell) / self._length_unit
@@ -292,18 +283,8 @@ class EqCalculator(Calculator):
             batch=torch.zeros(n, dtype=torch.int64),
             ptr=torch.tensor([0, n]),
             num_nodes=n,
+            **self._inputs.tensors(atoms),
         )
-        for name, value in self._read_info(atoms).items():
-            if value is None:
-                value = NEUTRAL[name]
-                if name not in self._warned:
-                    self._warned.add(name)
-                    keys = " or ".join(f"atoms.info['{key}']" for key in self._info_keys[name])
-                    warnings.warn(
-                        f"the model reads {name} and there is no {keys}: taking {value:g}",
-                        stacklevel=2,
-                    )
-            graph[name] = torch.tensor([value], dtype=torch.float64)
         return graph if self.device.type == "cpu" else graph.to(self.device)
 
     def _call(
@@ -433,11 +414,6 @@ def _shielded(device: torch.device) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def graph_inputs(potential: Potential) -> tuple[str, ...]:
-    """Which of ``charge`` and ``spin`` the model names in its ``graph_inputs``; none by default."""
-    return tuple(getattr(potential.model, "graph_inputs", ()))
-
-
 def _take_alias(options: dict[str, Any], aliases: Sequence[str], name: str, value: Any) -> Any:
     for alias in aliases:
         if alias in options:
@@ -451,7 +427,8 @@ def _take_alias(options: dict[str, Any], aliases: Sequence[str], name: str, valu
 def _refuse_unknown(options: dict[str, Any]) -> None:
     names = (
         "model", "device", "dtype", "skin", "energy_units_to_eV", "length_units_to_A", "info_keys",
-        "symmetrize", "default_dtype", "use_device", "atoms", "directory", "label", *MODEL_ALIASES,
+        "field", "symmetrize", "default_dtype", "use_device", "atoms", "directory", "label",
+        *MODEL_ALIASES,
     )  # fmt: skip
     for key, value in options.items():
         if key not in FOREIGN:
@@ -462,16 +439,6 @@ def _refuse_unknown(options: dict[str, Any]) -> None:
             warnings.warn(
                 f"EqCalculator: '{key}' has no meaning for these models, ignored", stacklevel=3
             )
-
-
-def _parse_info_keys(info_keys: Mapping[str, str] | None) -> dict[str, tuple[str, ...]]:
-    keys: dict[str, tuple[str, ...]] = dict(ATOMS_INFO)
-    for name, key in (info_keys or {}).items():
-        short = name.removeprefix("total_")  # the names of MACE
-        if short not in keys:
-            raise ValueError(f"info_keys: no model reads '{name}'; there are {', '.join(keys)}")
-        keys[short] = (key,)
-    return keys
 
 
 def _check_finite(atoms: Atoms, results: Mapping[str, Any]) -> None:

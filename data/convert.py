@@ -130,6 +130,7 @@ def convert(
                     stress=frame.stress,
                     charge=frame.charge,
                     spin=frame.spin,
+                    field=frame.field,
                     weight=frame.weight,
                     config_type=frame.config_type,
                     group=frame.group,
@@ -430,6 +431,8 @@ def _data_file(path: Path) -> Iterator[Atoms]:
             for name, array in (("energy", s.energy), ("charge", s.charge), ("spin", s.spin)):
                 if array is not None and not np.isnan(array[0]):
                     atoms.info["REF_energy" if name == "energy" else name] = float(array[0])
+            if s.field is not None and not np.isnan(s.field).any():
+                atoms.info["field"] = s.field[0]
             if s.weight is not None and s.weight[0] != 1:
                 atoms.info["config_weight"] = float(s.weight[0])
             if s.stress is not None and not np.isnan(s.stress).all():

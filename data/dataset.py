@@ -25,8 +25,8 @@ class HDF5Dataset:
     """Labelled graphs of a data file, made on demand; the file may be larger than memory.
 
     Every graph carries ``energy`` (1,), ``forces`` (N, 3), ``stress`` (1, 3, 3), NaN where not
-    labelled, ``weight`` (1,), ``frame`` (1,), its number in the file, and ``charge`` (1,) and
-    ``spin`` (1,) if the file has these columns.
+    labelled, ``weight`` (1,), ``frame`` (1,), its number in the file, and ``charge`` (1,),
+    ``spin`` (1,) and ``field`` (1, 3) if the file has these columns.
 
     Parameters
     ----------
@@ -189,10 +189,9 @@ class HDF5Dataset:
             "weight": np.ones(1) if s.weight is None else s.weight,
             "frame": np.array([frame]),
         }
-        if s.charge is not None:
-            fields["charge"] = s.charge
-        if s.spin is not None:
-            fields["spin"] = s.spin
+        for name in ("charge", "spin", "field"):
+            if (value := getattr(s, name)) is not None:
+                fields[name] = value
         return AtomicGraph(
             atomic_numbers=torch.from_numpy(s.atomic_numbers.astype(np.int64)),
             positions=torch.from_numpy(s.positions),

@@ -75,6 +75,8 @@ def find_duplicates(
         for k in np.flatnonzero(~skip).tolist():
             s = dataset.structure(k)
             composition = np.sort(s.atomic_numbers).tobytes() + s.pbc.tobytes()
+            if s.field is not None:  # another field makes another structure
+                composition += s.field.astype(np.float64).tobytes()
             by_composition.setdefault(composition, []).append(((name, k), *_invariants(s)))
 
     groups: list[list[Place]] = []

@@ -86,6 +86,7 @@ def _to_atoms(frame: Frame, reserved_keys: bool) -> Atoms:
     for key, value in (
         ("charge", frame.charge),
         ("spin", frame.spin),
+        ("field", frame.field),
         ("config_weight", frame.weight if frame.weight != 1 else None),
         ("config_type", frame.config_type or None),
         ("group", frame.group or None),

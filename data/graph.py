@@ -74,17 +74,19 @@ class AtomicGraph(Data):
     energy, forces, stress : (G,), (N, 3), (G, 3, 3) labels in eV, eV/angstrom, eV/angstrom^3; NaN =
         not labelled
     charge, spin : (G,) optional total charge (e) and spin multiplicity
+    field : (G, 3) optional external vector, such as an electric field in V/angstrom
     """
 
     @classmethod
     def from_atoms(cls, atoms: Atoms, cutoff: float) -> AtomicGraph:
-        """Graph of an ASE structure: geometry, charge and spin where ``atoms.info`` has them, no
-        labels."""
+        """Graph of an ASE structure: geometry, and charge, spin and field where ``atoms.info`` has
+        them; no labels."""
         extra = {
-            key: torch.tensor([float(atoms.info[name])], dtype=torch.float64)
+            key: torch.as_tensor(np.asarray(atoms.info[name], dtype=np.float64))[None]
             for key, names in (
                 ("charge", ("charge", "total_charge")),
                 ("spin", ("spin", "total_spin")),
+                ("field", ("field", "electric_field")),
             )
             for name in names
             if name in atoms.info
@@ -183,6 +185,24 @@ class AtomicGraph(Data):
             other[key] = value
         return other
 
+    def external_field(self, fixed: Sequence[float] | None = None) -> Tensor:
+        """(N, 3) the external vector at each atom: ``fixed``, else that of the atom's structure.
+
+        Raises
+        ------
+        ValueError
+            If a structure has none.
+        """
+        if fixed is not None:
+            vector = torch.tensor(fixed, dtype=torch.float64, device=self.positions.device)
+            return vector.expand(len(self.atomic_numbers), 3)
+        if "field" not in self or bool(self.field.isnan().any()):
+            raise ValueError(
+                "the model reads an external field and a structure has none; give 3 numbers as "
+                "atoms.info['field'], or as column 'field' of the data file; zeros for no field"
+            )
+        return self.field.index_select(0, self.batch)
+
     def strained(self, strain: Tensor) -> AtomicGraph:
         """Copy under r -> r (1 + eps), eps the symmetric part of ``strain`` (G, 3, 3)."""
         F = (
@@ -192,12 +212,14 @@ class AtomicGraph(Data):
         return self.replace(positions=positions, cell=self.cell @ F)
 
     def rotated(self, R: Tensor) -> AtomicGraph:
-        """Copy rotated by the orthogonal matrix ``R`` (3, 3), r -> R r, labels with it."""
+        """Copy rotated by the orthogonal matrix ``R`` (3, 3), r -> R r, labels and field with
+        it."""
         new = {"positions": self.positions @ R.T, "cell": self.cell @ R.T}
         if "vectors" in self:
             new["vectors"] = self.vectors @ R.T.to(self.vectors.dtype)
-        if "forces" in self:
-            new["forces"] = self.forces @ R.T
+        for key in ("forces", "field"):
+            if key in self:
+                new[key] = self[key] @ R.T
         if "stress" in self:
             new["stress"] = R @ self.stress @ R.T
         return self.replace(**new)
@@ -223,7 +245,7 @@ class AtomicGraph(Data):
             "num_nodes": K * N,
         }
         for key, value in self._store._mapping.items():
-            if key in ("positions", "cell", "vectors"):
+            if key in ("positions", "cell", "vectors", "field"):
                 made[key] = turned(value)
             elif key not in made and key not in LABELS:
                 made[key] = value.repeat(K, *(1,) * (value.dim() - 1))

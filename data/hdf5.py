@@ -5,7 +5,7 @@ M structures, A atoms in all; structure k owns the atoms ptr[k] : ptr[k + 1].
     /ptr (M+1,) i8, /atomic_numbers (A,) u1, /positions (A, 3) f8, /cell (M, 3, 3) f8,
     /pbc (M, 3) bool
     optional: /energy (M,), /forces (A, 3), /stress (M, 3, 3), /charge (M,), /spin (M,),
-    /weight (M,) floats; /config_type (M,), /group (M,) text of fixed length
+    /field (M, 3), /weight (M,) floats; /config_type (M,), /group (M,) text of fixed length
     attributes: schema, units, source, level_of_theory, created_by
 
 Units are eV and angstrom, stress with ASE's sign; a missing label is NaN.  Columns are contiguous
@@ -58,6 +58,7 @@ class Structures:
     stress: np.ndarray | None = None  # (k, 3, 3) eV/angstrom^3
     charge: np.ndarray | None = None  # (k,) e
     spin: np.ndarray | None = None  # (k,) multiplicity
+    field: np.ndarray | None = None  # (k, 3) V/angstrom
     weight: np.ndarray | None = None  # (k,)
 
     def __len__(self) -> int:
@@ -125,6 +126,7 @@ class HDF5Writer:
         stress: np.ndarray | None = None,
         charge: float | None = None,
         spin: float | None = None,
+        field: np.ndarray | None = None,
         weight: float | None = None,
         config_type: str = "",
         group: str = "",
@@ -155,6 +157,7 @@ class HDF5Writer:
             "stress": stress,
             "charge": charge,
             "spin": spin,
+            "field": field,
             "weight": 1.0 if weight is None else weight,
         }
         rows: dict[str, np.ndarray] = {}

@@ -42,6 +42,7 @@ COLUMNS: Mapping[str, Column] = {
     "stress": Column(False, (3, 3), _F, optional=True),
     "charge": Column(False, (), _F, optional=True),
     "spin": Column(False, (), _F, optional=True),
+    "field": Column(False, (3,), _F, optional=True),
     "weight": Column(False, (), _F, optional=True),
 }
 TEXT_COLUMNS = ("config_type", "group")

@@ -8,10 +8,11 @@ virial is -V sigma.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ VIRIAL_KEYS = (
 )
 CHARGE_KEYS = ("charge", "total_charge", "REF_charge")
 SPIN_KEYS = ("spin", "total_spin", "multiplicity")
+FIELD_KEYS = ("field", "electric_field", "REF_electric_field")  # V/angstrom
 WEIGHT_KEYS = ("config_weight", "weight")
 TYPE_KEYS = ("config_type",)
 
@@ -171,11 +173,14 @@ class Frame:
     stress: np.ndarray | None = None
     charge: float | None = None
     spin: float | None = None
+    field: np.ndarray | None = None
     weight: float | None = None
     config_type: str = ""
     group: str = ""
-    sources: dict[str, tuple[str, str]] = field(default_factory=dict)  # label -> (key, place)
-    ignored: list[str] = field(default_factory=list)  # what was found and not used
+    sources: dict[str, tuple[str, str]] = dataclasses.field(
+        default_factory=dict
+    )  # label -> (key, place)
+    ignored: list[str] = dataclasses.field(default_factory=list)  # what was found and not used
     asymmetry: float = 0.0  # of the stress, relative
 
 
@@ -237,6 +242,8 @@ class LabelReader:
 
         frame.charge = _scalar(info, CHARGE_KEYS)
         frame.spin = _scalar(info, SPIN_KEYS)
+        if found := _find(None, FIELD_KEYS, {"info": info}):
+            frame.field = _numbers(found[0], found[2], ((3,),))
         frame.weight = _scalar(info, WEIGHT_KEYS)
         if frame.weight is not None and frame.weight < 0:
             raise ValueError(f"the weight {frame.weight} is negative")

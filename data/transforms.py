@@ -62,6 +62,8 @@ def rotated_each(graph: AtomicGraph, R: Tensor) -> AtomicGraph:
         new["vectors"] = (of_edge @ graph.vectors[:, :, None])[:, :, 0]
     if "forces" in graph:
         new["forces"] = (of_atom @ graph.forces[:, :, None])[:, :, 0]
+    if "field" in graph:
+        new["field"] = (R @ graph.field[:, :, None])[:, :, 0]
     if "stress" in graph:
         new["stress"] = R @ graph.stress @ R.mT
     return graph.replace(**new)

@@ -109,7 +109,8 @@ def primitive(graph: AtomicGraph, cutoff: float) -> tuple[AtomicGraph, Tensor] |
     )
     members = np.min([images for _, images in found], axis=0)  # (N,) first atom of each class
     order, atoms = np.unique(members, return_inverse=True)
-    made = AtomicGraph.from_arrays(Z[order], X[order], small, graph.pbc[0].numpy(), cutoff)
+    field = {"field": graph.field} if "field" in graph else {}
+    made = AtomicGraph.from_arrays(Z[order], X[order], small, graph.pbc[0].numpy(), cutoff, **field)
     return made, torch.from_numpy(atoms.reshape(1, -1))
 
 

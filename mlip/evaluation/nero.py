@@ -49,12 +49,15 @@ class Sample:
     forces: np.ndarray | None = None  # (N, 3) eV/angstrom
     charge: float | None = None
     spin: float | None = None
+    field: np.ndarray | None = None  # (3,) external vector
 
     def graph(self, cutoff: float) -> AtomicGraph:
         """With neighbours, without labels."""
-        fields = {"charge": self.charge, "spin": self.spin}
+        fields = {"charge": self.charge, "spin": self.spin, "field": self.field}
         given = {
-            k: torch.tensor([v], dtype=torch.float64) for k, v in fields.items() if v is not None
+            k: torch.as_tensor(np.asarray(v, dtype=np.float64))[None]
+            for k, v in fields.items()
+            if v is not None
         }
         return AtomicGraph.from_arrays(
             self.atomic_numbers, self.positions, self.cell, self.pbc, cutoff, **given
@@ -393,6 +396,7 @@ def _from_data(path: Path, number: int) -> list[Sample]:
                 forces=s.forces,
                 charge=None if s.charge is None else float(s.charge[0]),
                 spin=None if s.spin is None else float(s.spin[0]),
+                field=None if s.field is None else s.field[0],
             )
         )
     return samples
@@ -424,6 +428,7 @@ def _from_ase(path: Path, number: int) -> list[Sample]:
                 forces=frame.forces,
                 charge=frame.charge,
                 spin=frame.spin,
+                field=frame.field,
             )
         )
     return samples

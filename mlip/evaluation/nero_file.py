@@ -1,7 +1,8 @@
 """Orbit errors as an HDF5 file, schema "mlip-nero-1"; S samples of A atoms in all, T images.
 
     /samples/   ptr (S+1,), atomic_numbers (A,), positions (A, 3), cell (S, 3, 3), pbc (S, 3),
-                energy (S,), forces (A, 3), charge (S,), spin (S,), name (S,) text; NaN = missing
+                energy (S,), forces (A, 3), charge (S,), spin (S,), field (S, 3), name (S,)
+                text; NaN = missing
     /orbits/ORBIT/   weights (T,) and one array for each axis of the grid; attributes kind, shape
     /models/NUMBER/ORBIT/   energy (S, T), energy_offset (S,), forces (S, T), forces_label (S, T)
                             as in ``OrbitErrors``; attribute name of /models/NUMBER
@@ -74,9 +75,9 @@ def _write_samples(group: h5py.Group, samples: list[Sample]) -> None:
     group["forces"] = np.concatenate(
         [m if s.forces is None else s.forces for s, m in zip(samples, missing, strict=True)]
     )
-    for key in ("charge", "spin"):
+    for key, shape in (("charge", ()), ("spin", ()), ("field", (3,))):
         given = [getattr(s, key) for s in samples]
-        group[key] = [math.nan if value is None else value for value in given]
+        group[key] = [np.full(shape, np.nan) if value is None else value for value in given]
     group.create_dataset("name", data=[s.name for s in samples], dtype=h5py.string_dtype())
 
 
@@ -112,6 +113,7 @@ def _read_samples(group: h5py.Group) -> list[Sample]:
     for k, (a, b) in enumerate(itertools.pairwise(ptr)):
         forces = columns["forces"][a:b]
         charge, spin = float(columns["charge"][k]), float(columns["spin"][k])
+        field = columns["field"][k] if "field" in columns else np.full(3, np.nan)
         samples.append(
             Sample(
                 name=columns["name"][k].decode(),
@@ -123,6 +125,7 @@ def _read_samples(group: h5py.Group) -> list[Sample]:
                 forces=None if np.isnan(forces).all() else forces,
                 charge=None if math.isnan(charge) else charge,
                 spin=None if math.isnan(spin) else spin,
+                field=None if np.isnan(field).any() else field,
             )
         )
     return samples

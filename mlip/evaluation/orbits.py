@@ -333,6 +333,8 @@ def _rebuilt(
         totals["charge"] = graph.charge * copies
     if "spin" in graph:
         totals["spin"] = (graph.spin - 1) * copies + 1  # multiplicity of parallel spins
+    if "field" in graph:
+        totals["field"] = graph.field
     made = AtomicGraph.from_arrays(
         graph.atomic_numbers.numpy()[order],
         graph.positions.numpy()[order] if positions is None else positions,

@@ -20,6 +20,8 @@ arXiv:2410.24169).  Differences: forces are gradients by default; smooth envelop
 neighbours; densities with elements and envelope instead of bond-order parameters; Bessel functions
 instead of 600 Gaussians; the reversed edge e_ji in the message; each readout computed once.
 
+An external field F enters the first edges by its scalar products with r_ij / |r_ij| and itself.
+
 Symmetry: translations and permutations exactly; O(3) exactly with ``angular="legendre"`` (an
 isolated atom's token has no direction), only learned with ``angular="vectors"``.
 Cost: O(E D^2 + E K D), D the width of an edge.
@@ -69,6 +71,11 @@ class EScAIPConfig(Config):
     max_neighbors: int = Field(30, ge=1, description="soft_knn: how many are chosen, softly")
     density_channels: int = Field(16, ge=1, le=512, description="channels of the density")
     num_basis: int = Field(8, ge=2, le=64, description="B, Bessel functions")
+    field: Literal["given"] | tuple[float, float, float] | None = Field(
+        None,
+        description="external vector: given with each structure, or a fixed one, such as the "
+        "normal (0, 0, 1) of slabs; null: none",
+    )
     direct_forces: bool = Field(
         False, description="predict forces beside the energy; for pre-training, not conservative"
     )
@@ -122,14 +129,25 @@ class EScAIP(nn.Module):
 
     @property
     def exact_symmetry(self) -> bool:
-        """Rotations and reflections are exact, unless raw vectors are inputs."""
-        return self.config.angular == "legendre"
+        """Rotations and reflections, of a given field as well, are exact, unless raw vectors are
+        inputs or a fixed field singles out an axis."""
+        return self.config.angular == "legendre" and self.config.field in (None, "given")
+
+    @property
+    def graph_inputs(self) -> tuple[str, ...]:
+        """What the model reads besides the geometry."""
+        return ("field",) if self.config.field == "given" else ()
 
     def forward(self, graph: AtomicGraph) -> NodeOutput:
         order, hoods = self.neighborhoods(graph)
         Z = graph.atomic_numbers
         h, A = self.density(self.embed(Z if order is None else Z[order]), hoods)
-        e = self.edge_input(h, A, hoods)
+        field = None
+        if self.config.field is not None:
+            fixed = None if self.config.field == "given" else self.config.field
+            field = graph.external_field(fixed).to(h.dtype)  # (N, 3)
+            field = field if order is None else field[order]
+        e = self.edge_input(h, A, hoods, field)
         states = [h]
         for block in self.blocks:
             h, e = block(h, e, hoods)
@@ -330,6 +348,7 @@ class EdgeInput(nn.Module):
         super().__init__()
         D = c.hidden
         self.vectors = nn.Linear(3, D, bias=False) if c.angular == "vectors" else None
+        self.field = nn.Linear(2, D, bias=False) if c.field is not None else None
         self.nodes = nn.Linear(c.node_hidden, 2 * D)
         self.radial = nn.Linear(c.num_basis, 2 * D)
         self.environment = nn.Parameter(
@@ -339,7 +358,9 @@ class EdgeInput(nn.Module):
         self.register_buffer("degree", degree_of_component(lmax), persistent=False)
         self.out = nn.Linear(D, D)
 
-    def forward(self, h: Tensor, A: Tensor, hoods: list[Hood]) -> list[Tensor]:
+    def forward(
+        self, h: Tensor, A: Tensor, hoods: list[Hood], field: Tensor | None
+    ) -> list[Tensor]:
         center, source = self.nodes(h).chunk(2, dim=-1)  # (N, D)
         if self.vectors is None:
             W = self.environment.index_select(0, self.degree)
@@ -350,6 +371,10 @@ class EdgeInput(nn.Module):
             a, gate = self.radial(hood.radial).chunk(2, dim=-1)
             a = a + source.index_select(0, hood.neighbors).view_as(a) + center[rows, None]
             a = a + (hood.Y @ A[rows] if self.vectors is None else self.vectors(hood.unit))
+            if self.field is not None and field is not None:  # its angle with the edge, its square
+                F = field[rows, :, None]  # (n, 3, 1)
+                square = F.square().sum(dim=1, keepdim=True).expand(-1, hood.unit.shape[1], 1)
+                a = a + self.field(torch.cat([hood.unit @ F, square], dim=-1))
             states.append(self.out(nn.functional.silu(a) * gate))
         return states
 

@@ -5,6 +5,7 @@ One layer; g_j are few channels of x_j, U and V are linear in A:
 
     T_i[lm b, l'm' s] = n^-1/2 sum_j Y_lm(r_ij) B_b(r_ij) f(r_ij) g_j[l'm', s]     density
     A_i[l''m'', c]    = sum W CG (T_i)                                             weights
+    A_i[1m, c]       += F_m sum W A_i[00]                  F an external field, where there is one
     P_i               = project_L ( U_i(r) V_i(r) )         products of functions on the sphere
     q_i               = A_0, |U_l|^2, U_l.P_l, |P_l|^2      invariants of 2 to 5 bodies per layer
     x_i <- x_i + linear(U_i, P_i),   scalars <- scalars + MLP(q_i),   E_i <- E_i + readout(MLP(q_i))
@@ -57,6 +58,11 @@ class FacetConfig(Config):
     grid: Literal["poly", "mlp"] = Field(
         "poly", description="on the sphere: exact products, or a pointwise network (approximate)"
     )
+    field: Literal["given"] | tuple[float, float, float] | None = Field(
+        None,
+        description="external vector: given with each structure, or a fixed one, such as the "
+        "normal (0, 0, 1) of slabs; null: none",
+    )
     grid_degree: int | None = Field(
         None, ge=1, le=64, description="exactness of the grid, 3 L if null"
     )
@@ -85,8 +91,14 @@ class Facet(nn.Module):
 
     @property
     def exact_symmetry(self) -> bool:
-        """Rotations and reflections are exact, unless a network on the grid aliases."""
-        return self.config.grid == "poly"
+        """Rotations and reflections, of a given field as well, are exact, unless a network on the
+        grid aliases or a fixed field singles out an axis."""
+        return self.config.grid == "poly" and self.config.field in (None, "given")
+
+    @property
+    def graph_inputs(self) -> tuple[str, ...]:
+        """What the model reads besides the geometry."""
+        return ("field",) if self.config.field == "given" else ()
 
     def forward(self, graph: AtomicGraph) -> NodeOutput:
         c = self.config
@@ -102,9 +114,12 @@ class Facet(nn.Module):
 
         species = self.embed(graph.atomic_numbers)  # (N, C)
         scalars, steerable = species, None
+        field = None
+        if c.field is not None:
+            field = graph.external_field(None if c.field == "given" else c.field).to(species.dtype)
         energy = torch.zeros_like(species[:, 0])
         for layer in self.layers:
-            scalars, steerable, e = layer(scalars, steerable, species, edges, hood.neighbors)
+            scalars, steerable, e = layer(scalars, steerable, species, edges, hood.neighbors, field)
             energy = energy + e
         return NodeOutput(energy=energy, features=scalars)
 
@@ -120,6 +135,7 @@ class Layer(nn.Module):
             nn.Linear(C if l == 0 else 2 * C, S, bias=False) for l, S in enumerate(degrees)
         )
         self.density = Density(L, c.num_basis, degrees, 2 * C)
+        self.field = nn.Linear(2 * C, 2 * C, bias=False) if c.field is not None else None
         self.species_gate = nn.Linear(C, 2 * C, bias=False)
         self.product = GridProduct(L, C, c.grid, c.grid_degree or 3 * L)
         self.invariants = Invariants(L)
@@ -135,6 +151,7 @@ class Layer(nn.Module):
         species: Tensor,
         edges: Tensor,
         neighbors: Tensor,
+        field: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         messages = [self.send[0](scalars)]  # (N, S0)
         for l, send in enumerate(self.send):
@@ -143,6 +160,8 @@ class Layer(nn.Module):
                 g = send(steerable[l * l : (l + 1) ** 2])  # (2l+1, N, S)
                 messages.append(g.transpose(0, 1).flatten(1))  # (N, (2l+1) S)
         A = self.density(edges, messages, neighbors)  # (LM, N, 2C)
+        if self.field is not None and field is not None:
+            A = torch.cat([A[:1], A[1:4] + field.T[..., None] * self.field(A[0]), A[4:]])
         A = A * (soft_norm(A, (0, 2))[:, None] * (1 + self.species_gate(species)))
         U, V = A.split(self.channels, dim=-1)
         P = self.product(U, V)  # (LM, N, C)
