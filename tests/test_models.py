@@ -22,6 +22,7 @@ from mlip.data.graph import AtomicGraph
 from mlip.models import MODELS, build
 from mlip.nn.zbl import ZBL
 from mlip.potential import Potential
+from mlip.wrappers import wrap
 
 CUTOFF = 4.0
 SMALL: dict[str, dict[str, Any]] = {
@@ -30,6 +31,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "transip": dict(
         hidden=20, num_layers=2, num_heads=2, head_width=4, edge_functions=6, latent=(2, 1)
     ),
+    "ponita": dict(channels=8, message_channels=4, hidden=8, num_basis=5),
+    "environment": dict(hidden=16, edge_hidden=8, num_heads=2, num_basis=5),
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, SMALL.get(name, {})) for name in MODELS},
@@ -40,7 +43,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "transip-irreps": ("transip", {**SMALL["transip"], "tokens": "irreps"}),
     "escaip-vectors": ("escaip", {**SMALL["escaip"], "angular": "vectors", "num_layers": 1}),
+    "ponita-gelu": ("ponita", {**SMALL["ponita"], "orientations": 12, "pointwise": "gelu"}),
+    "ponita-positions": ("ponita", {**SMALL["ponita"], "orientations": 0}),
     "escaip-soft-knn": ("escaip", {**SMALL["escaip"], "graph": "soft_knn", "max_neighbors": 5}),
+    "environment-local": ("environment", SMALL["environment"]),
+    "transip-local": ("transip", SMALL["transip"]),
+}
+WRAPPED: dict[str, dict[str, Any]] = {
+    name: {"name": "frame_averaging"} for name in VARIANTS if name.endswith("-local")
 }
 TORCH_F64 = dict(dtype=torch.float64)
 
@@ -93,6 +103,8 @@ def make(variant: str, seed: int = 0) -> Potential:
     if "avg_num_neighbors" in MODELS[name][1].model_fields:
         hyperparameters = {"avg_num_neighbors": 12.0, **hyperparameters}
     model = build(name, cutoff=CUTOFF, **hyperparameters)
+    if variant in WRAPPED:
+        model = wrap(model, **WRAPPED[variant])
     with torch.no_grad():
         for p in model.parameters():
             if not p.any():

@@ -33,6 +33,7 @@ Cost: O(E (H + G V)) + O(N (H^2 + G V H)), G functions of an edge, V value chann
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -139,12 +140,16 @@ class TransIP(nn.Module):
         """Rotations and reflections are learned."""
         return False
 
-    def forward(self, graph: AtomicGraph) -> NodeOutput:
+    def forward(
+        self, graph: AtomicGraph, share: Callable[[Tensor], Tensor] | None = None
+    ) -> NodeOutput:
+        """Evaluate a graph; ``share`` maps the tokens (N, H) of a layer before neighbours read
+        them."""
         edges = self.edges(graph)
         h = self.embed(graph.atomic_numbers)
         h = nn.functional.pad(h, (0, self.config.hidden - h.shape[1]))  # (N, H)
-        for block in self.blocks:
-            h = block(h, edges)
+        for number, block in enumerate(self.blocks):
+            h = block(h if share is None or number == 0 else share(h), edges)
         h = self.norm(h)
         scalars, vectors, tensors = self.sectors(h)
         invariants = torch.cat(

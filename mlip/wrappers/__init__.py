@@ -11,10 +11,12 @@ from typing import Any
 from torch import nn
 
 from mlip.config import Config, parse
+from mlip.wrappers.frame_averaging import FrameAveraging, FrameAveragingConfig
 from mlip.wrappers.rotation_averaging import RotationAveraging, RotationAveragingConfig
 
 WRAPPERS: dict[str, tuple[type[nn.Module], type[Config]]] = {
     "rotation_averaging": (RotationAveraging, RotationAveragingConfig),
+    "frame_averaging": (FrameAveraging, FrameAveragingConfig),
 }
 
 

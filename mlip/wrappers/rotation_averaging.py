@@ -88,34 +88,43 @@ class RotationAveraging(nn.Module):
         return tuple(getattr(self.model, "graph_inputs", ()))
 
     def forward(self, graph: AtomicGraph) -> NodeOutput:
-        R, w = self.matrices(), self.weights()
-        step = max(1, self.options.max_edges // max(1, graph.edge_index.shape[1]))
-        if step >= len(R):
-            return self._part(graph.vectors, R, w, graph)
-        total = None
-        for first in range(0, len(R), step):
-            part = checkpoint(
-                self._part,
-                graph.vectors,
-                R[first : first + step],
-                w[first : first + step],
-                graph,
-                use_reentrant=False,
-            )
-            total = part if total is None else _sum(total, part)
-        assert total is not None
-        return total
+        return average(self.model, graph, self.matrices(), self.weights(), self.options.max_edges)
 
-    def _part(self, vectors: Tensor, R: Tensor, w: Tensor, graph: AtomicGraph) -> NodeOutput:
-        """Weighted sums over some of the copies: energy, features, forces."""
-        out = self.model(graph.replace(vectors=vectors).rotated_copies(R))
-        N, K = len(graph.atomic_numbers), len(R)
-        forces = None
-        if out.forces is not None:
-            back = (out.forces.view(K, N, 3) @ R.to(out.forces.dtype)).view(K * N, 3)
-            forces = _weighted(back, w, N)
-        features = None if out.features is None else _weighted(out.features, w, N)
-        return NodeOutput(_weighted(out.energy, w, N), features, forces)
+
+def average(model: Any, graph: AtomicGraph, R: Tensor, w: Tensor, max_edges: int) -> NodeOutput:
+    """Mean of a model over the copies of a graph under ``R`` (K, 3, 3), weights ``w`` (K,).
+
+    Copies of more than ``max_edges`` edges in all are taken in parts.
+    """
+    step = max(1, max_edges // max(1, graph.edge_index.shape[1]))
+    if step >= len(R):
+        return _part(model, graph.vectors, R, w, graph)
+    total = None
+    for first in range(0, len(R), step):
+        part = checkpoint(
+            _part,
+            model,
+            graph.vectors,
+            R[first : first + step],
+            w[first : first + step],
+            graph,
+            use_reentrant=False,
+        )
+        total = part if total is None else _sum(total, part)
+    assert total is not None
+    return total
+
+
+def _part(model: Any, vectors: Tensor, R: Tensor, w: Tensor, graph: AtomicGraph) -> NodeOutput:
+    """Weighted sums over some of the copies: energy, features, forces."""
+    out = model(graph.replace(vectors=vectors).rotated_copies(R))
+    N, K = len(graph.atomic_numbers), len(R)
+    forces = None
+    if out.forces is not None:
+        back = (out.forces.view(K, N, 3) @ R.to(out.forces.dtype)).view(K * N, 3)
+        forces = _weighted(back, w, N)
+    features = None if out.features is None else _weighted(out.features, w, N)
+    return NodeOutput(_weighted(out.energy, w, N), features, forces)
 
 
 def _sum(a: NodeOutput, b: NodeOutput) -> NodeOutput:
