@@ -66,6 +66,11 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "medium": {"channels": 64, "message_channels": 16, "hidden": 64},
         "large": {"channels": 128, "message_channels": 32, "hidden": 128, "num_layers": 3},
     },
+    "ponita": {
+        "small": {"channels": 32, "message_channels": 8, "hidden": 32},
+        "medium": {"channels": 64, "message_channels": 16, "hidden": 64},
+        "large": {"channels": 128, "message_channels": 32, "hidden": 128, "num_layers": 3},
+    },
     "environment": {
         "small": {"hidden": 64, "edge_hidden": 32, "num_rounds": 2},
         "medium": {"hidden": 128, "edge_hidden": 64, "num_rounds": 3},

@@ -15,12 +15,14 @@ from mlip.models.environment import Environment, EnvironmentConfig
 from mlip.models.escaip import EScAIP, EScAIPConfig
 from mlip.models.facet import Facet, FacetConfig
 from mlip.models.ponita import Ponita, PonitaConfig
+from mlip.models.ponita import Ponita, PonitaConfig
 from mlip.models.transip import TransIP, TransIPConfig
 
 MODELS: dict[str, tuple[type[nn.Module], type[Config]]] = {
     "facet": (Facet, FacetConfig),
     "escaip": (EScAIP, EScAIPConfig),
     "transip": (TransIP, TransIPConfig),
+    "ponita": (Ponita, PonitaConfig),
     "ponita": (Ponita, PonitaConfig),
     "environment": (Environment, EnvironmentConfig),
 }
