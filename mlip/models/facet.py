@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from mlip.config import Config
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.nn.constant import Constant
+from mlip.nn.gaunt_product import GauntProduct
 from mlip.nn.neighborhoods import gather_neighborhoods
 from mlip.nn.radial import bessel, polynomial_envelope
 from mlip.nn.sphere_grid import SphereGrid
@@ -271,8 +272,11 @@ class GridProduct(nn.Module):
 
     def __init__(self, lmax: int, channels: int, kind: str, degree: int) -> None:
         super().__init__()
-        self.grid = SphereGrid(lmax, degree)
         self.scale = (2 * lmax + 1) / (lmax + 1) ** 2  # unit variance in, unit variance out
+        if kind == "poly":
+            self.product = GauntProduct((lmax, lmax), lmax, degree)
+        else:
+            self.grid = SphereGrid(lmax, degree)
         self.mlp = (
             nn.Sequential(
                 nn.Linear(2 * channels, channels, bias=False),
@@ -285,7 +289,7 @@ class GridProduct(nn.Module):
 
     def forward(self, U: Tensor, V: Tensor) -> Tensor:
         if self.mlp is None:
-            return self.grid.product(U, V) * self.scale
+            return cast(Tensor, self.product(U, V)) * self.scale
         u, v = self.grid.synthesis(U), self.grid.synthesis(V)  # (P, N, C)
         return self.grid.analysis(self.mlp(torch.cat([u, v], dim=-1)))
 

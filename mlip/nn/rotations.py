@@ -142,6 +142,33 @@ def wigner_matrices(R: Tensor, lmax: int) -> list[Tensor]:
     return D
 
 
+def lebedev_nodes(degree: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lebedev's rule on the sphere: points (P, 3), weights (P,) of sum one, of any sign.
+
+    Raises
+    ------
+    ValueError
+        If there is no rule of this degree.
+    ImportError
+        Where scipy is older than 1.15.
+    """
+    try:
+        from scipy.integrate import lebedev_rule
+    except ImportError:
+        raise ImportError(
+            f"'lebedev-{degree}' needs scipy >= 1.15 (pip install -U scipy); "
+            f"'gauss-{degree}' is of the same degree and needs nothing"
+        ) from None
+    try:
+        points, weights = lebedev_rule(degree)
+    except NotImplementedError:
+        raise ValueError(
+            f"there is no Lebedev rule of degree {degree}; there are 3, 5, ..., 31, 35, 41, 47; "
+            f"or take 'gauss-{degree}'"
+        ) from None
+    return np.ascontiguousarray(points.T), weights / weights.sum()
+
+
 def _group(name: str) -> np.ndarray:
     """Rotations of a polyhedron from its unit quaternions, of which q and -q are one rotation."""
     if name == "none":
@@ -191,20 +218,7 @@ def _lebedev(degree: int) -> tuple[np.ndarray, np.ndarray]:
     Frames are carried along by the octahedral rotations, so that points which these exchange have
     frames which they exchange, up to turns by 90 or 120 degrees about n.
     """
-    try:
-        from scipy.integrate import lebedev_rule
-    except ImportError:
-        raise ImportError(
-            f"'lebedev-{degree}' needs scipy >= 1.15 (pip install -U scipy); "
-            f"'gauss-{degree}' is of the same degree and needs nothing"
-        ) from None
-    try:
-        points, weights = lebedev_rule(degree)
-    except NotImplementedError:
-        raise ValueError(
-            f"there is no Lebedev rule of degree {degree}; there are 3, 5, ..., 31, 35, 41, 47; "
-            f"or take 'gauss-{degree}'"
-        ) from None
+    points, weights = lebedev_nodes(degree)
     if weights.min() <= 0:
         raise ValueError(
             f"Lebedev's rule of degree {degree} has negative weights, with which a variance may be "
@@ -213,7 +227,7 @@ def _lebedev(degree: int) -> tuple[np.ndarray, np.ndarray]:
     octahedral = _group("octahedral")
     images = np.empty((0, 3, 3))  # of the frames so far, under the octahedral rotations
     frames = []
-    for n in points.T:
+    for n in points:
         (found,) = np.nonzero(np.abs(images[:, :, 2] - n).max(axis=1) < 1e-9)
         if len(found) == 0:
             x = np.eye(3)[np.argmin(np.abs(n))]
@@ -223,7 +237,7 @@ def _lebedev(degree: int) -> tuple[np.ndarray, np.ndarray]:
         frames.append(frame if len(found) == 0 else images[found[0]])
     turns = _about_z(2 * np.pi * np.arange(degree + 1) / (degree + 1))
     R = (np.array(frames)[:, None] @ turns).reshape(-1, 3, 3).swapaxes(1, 2)
-    w = np.repeat(weights / weights.sum(), degree + 1) / (degree + 1)
+    w = np.repeat(weights, degree + 1) / (degree + 1)
     return np.ascontiguousarray(R), w
 
 

@@ -14,7 +14,7 @@ from mlip.data.graph import AtomicGraph
 from mlip.nn.neighborhoods import gather_neighborhoods
 from mlip.nn.radial import bessel, polynomial_envelope
 from mlip.nn.sphere_grid import SphereGrid
-from mlip.nn.spherical import SphericalHarmonics, clebsch_gordan, degree_of_component
+from mlip.nn.spherical import SphericalHarmonics, degree_of_component
 from mlip.nn.zbl import ZBL
 
 F64 = torch.float64
@@ -42,45 +42,6 @@ def test_grid_is_orthonormal_up_to_its_degree(lmax: int, degree: int) -> None:
     grid = SphereGrid(lmax, degree).double()
     unit = grid.from_grid() @ grid.to_grid()
     torch.testing.assert_close(unit, torch.eye((lmax + 1) ** 2, dtype=F64), rtol=0, atol=1e-13)
-
-
-@pytest.mark.parametrize("lmax", [1, 2, 3, 4])
-def test_product_is_the_gaunt_product(lmax: int) -> None:
-    """Against sum of CG paths with the weights that the integral of three harmonics gives them."""
-    generator = torch.Generator().manual_seed(0)
-    LM = (lmax + 1) ** 2
-    U, V = (torch.randn(LM, 3, 2, dtype=F64, generator=generator) for _ in range(2))
-    expected = torch.zeros_like(U)
-    pole = SphericalHarmonics(lmax).double()(torch.tensor([0.0, 1.0, 0.0], dtype=F64))
-    for a in range(lmax + 1):
-        for b in range(lmax + 1):
-            for c in range(abs(a - b), min(a + b, lmax) + 1):
-                if (a + b + c) % 2:
-                    continue
-                A, B, C = (slice(l * l, (l + 1) ** 2) for l in (a, b, c))
-                cg = clebsch_gordan(a, b, c)
-                # At the pole the product of Y_a and Y_b has the component along Y_c that fixes the
-                # path's weight.
-                coupled = torch.einsum("i,j,ijk->k", pole[A], pole[B], cg) @ pole[C]
-                expected[C] += coupled * torch.einsum("ijk,inc,jnc->knc", cg, U[A], V[B])
-    product = SphereGrid(lmax, 3 * lmax).double().product(U, V)
-    torch.testing.assert_close(product, expected, rtol=0, atol=1e-10)
-
-
-def test_product_derivatives_to_second_order() -> None:
-    grid = SphereGrid(2, 6).double()
-    generator = torch.Generator().manual_seed(0)
-    U, V = (torch.randn(9, 2, 3, dtype=F64, generator=generator, requires_grad=True) for _ in "ab")
-    assert torch.autograd.gradcheck(grid.product, (U, V))
-    assert torch.autograd.gradgradcheck(grid.product, (U, V))
-
-
-def test_product_in_chunks_is_the_product_at_once() -> None:
-    grid = SphereGrid(3, 9).double()
-    generator = torch.Generator().manual_seed(0)
-    U, V = (torch.randn(16, 200, 64, dtype=F64, generator=generator) for _ in "ab")
-    whole = grid.analysis(grid.synthesis(U) * grid.synthesis(V))
-    torch.testing.assert_close(grid.product(U, V), whole, rtol=0, atol=1e-11)
 
 
 def test_bessel_functions_are_orthonormal_and_finite_at_zero() -> None:
