@@ -1,4 +1,4 @@
-"""Potentials at work in ASE: ``EqCalculator``, ``relax``, ``run_md``.
+"""Potentials at work in ASE: ``EqCalculator``, ``relax``, ``relax_many``, ``run_md``.
 
 >>> from mlip.calculators import EqCalculator
 """
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlip.calculators.eq_calculator import EqCalculator
-    from mlip.calculators.simulate import relax, run_md
+    from mlip.calculators.simulate import relax, relax_many, run_md
 
-__all__ = ["EqCalculator", "relax", "run_md"]
+__all__ = ["EqCalculator", "relax", "relax_many", "run_md"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
         from mlip.calculators.eq_calculator import EqCalculator
 
         return EqCalculator
-    if name in ("relax", "run_md"):
+    if name in ("relax", "relax_many", "run_md"):
         from mlip.calculators import simulate
 
         return getattr(simulate, name)

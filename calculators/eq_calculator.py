@@ -20,12 +20,8 @@ variance X_var and the members' values X_comm.
 from __future__ import annotations
 
 import copy
-import difflib
-import os
 import threading
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +31,8 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.outputs import Properties, all_outputs
 from ase.stress import full_3x3_to_voigt_6_stress
 
+from mlip.calculators.foreign_options import MODEL_ALIASES, refuse_unknown, take_alias
+from mlip.calculators.hessian import hessian
 from mlip.calculators.info_inputs import InfoInputs
 from mlip.calculators.model_sources import (
     ModelSource,
@@ -44,6 +42,7 @@ from mlip.calculators.model_sources import (
 )
 from mlip.calculators.neighbor_cache import NeighborCache
 from mlip.calculators.rotation_spread import averaged, has_spread, with_spread
+from mlip.calculators.shield import shielded
 from mlip.calculators.structure_checks import check_distances, check_structure
 from mlip.data.graph import AtomicGraph
 from mlip.potential import Potential
@@ -54,13 +53,6 @@ SPREAD = tuple(
     f"{name}_{kind}" for name in ("energy", "forces", "stress") for kind in ("var", "comm")
 )
 ORBIT_SPREAD = ("energy_spread", "forces_spread")
-MODEL_ALIASES = ("model_paths", "model_path", "models", "checkpoint")
-# Options of other packages' calculators that have no meaning here; they change nothing.
-FOREIGN = (
-    "arrays_keys", "charges_key", "compile_mode", "enable_cueq", "enable_flash", "enable_oeq",
-    "fullgraph", "head", "modal", "model_type", "task_name",
-)  # fmt: skip
-IMPORTED_BY = os.getpid()
 
 
 class EqCalculator(Calculator):
@@ -119,15 +111,15 @@ class EqCalculator(Calculator):
         field: Sequence[float] | None = None,
         **options: Any,
     ) -> None:
-        model = _take_alias(options, MODEL_ALIASES, "model", model)
-        dtype = _take_alias(options, ("default_dtype",), "dtype", dtype)
-        device = _take_alias(
+        model = take_alias(options, MODEL_ALIASES, "model", model)
+        dtype = take_alias(options, ("default_dtype",), "dtype", dtype)
+        device = take_alias(
             options, ("use_device",), "device", None if device == "auto" else device
         )
         of_ase = {
             key: options.pop(key) for key in ("atoms", "directory", "label") if key in options
         }
-        _refuse_unknown(options)
+        refuse_unknown(options)
         if model is None:
             raise TypeError(
                 "EqCalculator needs a model: a file, the name of a shipped model, or a Potential"
@@ -140,6 +132,7 @@ class EqCalculator(Calculator):
             self.potentials = averaged(self.potentials, symmetrize)
         self.skin = skin
         self._energy_unit, self._length_unit = float(energy_units_to_eV), float(length_units_to_A)
+        self.hessian_unit = self._energy_unit / self._length_unit**2
         self._inputs = InfoInputs(self.potentials, info_keys, field)
         self._caches = {p.cutoff: NeighborCache(p.cutoff, skin) for p in self.potentials}
         self._known = np.all(
@@ -177,6 +170,68 @@ class EqCalculator(Calculator):
             results = self._evaluate(atoms)
             self.atoms = atoms.copy()
             self.results = results
+
+    def evaluate(
+        self, structures: Iterable[Atoms], *, max_atoms: int = 256
+    ) -> list[dict[str, Any]]:
+        """Results of many structures, several at a time: for each what ``calculate`` leaves in
+        ``results``.
+
+        Parameters
+        ----------
+        structures : of any sizes and elements, periodic or not
+        max_atoms : int
+            In a batch at most, if it is not a single structure.
+
+        Raises
+        ------
+        ValueError
+            With the number of a structure that cannot be evaluated.
+        """
+        frames = list(structures)
+        results: list[dict[str, Any]] = []
+        for batch in batches([len(atoms) for atoms in frames], max_atoms):
+            twins = [self.twin(skin=0.0) for _ in batch]
+            answers = self._evaluate_together([frames[k] for k in batch], twins)
+            for k, answer in zip(batch, answers, strict=True):
+                if isinstance(answer, ValueError):
+                    raise ValueError(f"structure {k}: {answer}") from answer
+                results.append(answer)
+        return results
+
+    def twin(self, skin: float | None = None) -> EqCalculator:
+        """A calculator with the same weights, and neighbour lists and results of its own."""
+        other = copy.copy(self)
+        other.skin = self.skin if skin is None else skin
+        other._caches = {c: NeighborCache(c, other.skin) for c in self._caches}
+        other._lock = threading.RLock()
+        other.parameters = copy.copy(self.parameters)
+        other.atoms, other.results = None, {}
+        return other
+
+    @staticmethod
+    def calculate_together(
+        calculators: Sequence[EqCalculator], structures: Sequence[Atoms]
+    ) -> list[ValueError | None]:
+        """``calculate`` for several structures in one batch, each with its own of some twins.
+
+        Returns
+        -------
+        list
+            What is wrong with each structure, None where it has results.
+        """
+        first = calculators[0]
+        answers = first._evaluate_together(structures, calculators)
+        problems: list[ValueError | None] = []
+        for calculator, atoms, answer in zip(calculators, structures, answers, strict=True):
+            with calculator._lock:
+                calculator.reset()
+                if isinstance(answer, ValueError):
+                    problems.append(answer)
+                    continue
+                calculator.atoms, calculator.results = atoms.copy(), answer
+                problems.append(None)
+        return problems
 
     def get_property(
         self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True
@@ -232,7 +287,9 @@ class EqCalculator(Calculator):
             )
         atoms = self._given(atoms)
         with self._lock:
-            outputs = [output for output, _ in self._call(atoms, stress=False)]
+            with shielded(self.device):
+                graphs = {c: [graph] for c, graph in self._checked_graphs(atoms).items()}
+                outputs = [output for output, _ in self._call(graphs, stress=False)]
         if any("features" not in output for output in outputs):
             raise PropertyNotImplementedError("this model has no descriptors")
         features = [output["features"].cpu().numpy() for output in outputs]
@@ -251,15 +308,24 @@ class EqCalculator(Calculator):
         displacement : float, angstrom, of the finite differences
         """
         atoms = self._given(atoms)
-        if method not in ("auto", "autograd", "finite"):
-            raise ValueError(f"method = '{method}'; give 'auto', 'autograd' or 'finite'")
-        n = 3 * len(atoms)
         with self._lock:
-            if method == "autograd" or (method == "auto" and self._twice_differentiable(atoms)):
-                hessian = self._hessian_by_autograd(atoms)
-            else:
-                hessian = self._hessian_by_differences(atoms, displacement)
-        return ((hessian + hessian.T) / 2).reshape(n, len(atoms), 3)
+            return hessian(self, atoms, method, displacement)
+
+    def differentiable_forces(self, atoms: Atoms) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each member the forces and the positions that they can be differentiated by, in the
+        model's units."""
+        pairs = []
+        with shielded(self.device):
+            graphs = self._checked_graphs(atoms)
+            for potential in self.potentials:
+                # In training mode a potential keeps the graph of its forces; its parts stay in
+                # evaluation mode.
+                twin = copy.copy(potential)
+                twin.training = True
+                graph = graphs[potential.cutoff]
+                positions = graph.positions.clone().requires_grad_()
+                pairs.append((twin(graph.replace(positions=positions))["forces"], positions))
+        return pairs
 
     def _given(self, atoms: Atoms | None) -> Atoms:
         atoms = self.atoms if atoms is None else atoms
@@ -288,31 +354,81 @@ class EqCalculator(Calculator):
         return graph if self.device.type == "cpu" else graph.to(self.device)
 
     def _call(
-        self, atoms: Atoms, *, stress: bool
-    ) -> list[tuple[dict[str, torch.Tensor], Potential]]:
-        """Outputs of all members for a checked structure, with the members."""
+        self, graphs: Mapping[float, Sequence[AtomicGraph]], stress: bool
+    ) -> Iterator[tuple[dict[str, torch.Tensor], Potential]]:
+        """Outputs of all members for a batch of structures, with the members."""
+        batches = {
+            cutoff: parts[0] if len(parts) == 1 else AtomicGraph.collate(parts)
+            for cutoff, parts in graphs.items()
+        }
+        for potential in self.potentials:
+            yield with_spread(potential, batches[potential.cutoff], stress), potential
+
+    def _checked_graphs(self, atoms: Atoms) -> dict[float, AtomicGraph]:
+        """The structure within each cutoff; ValueError if it is none."""
         check_structure(atoms, self._known)
-        with _shielded(self.device):
-            graphs = {cutoff: self._graph(atoms, cutoff) for cutoff in self._caches}
-            return [(with_spread(p, graphs[p.cutoff], stress), p) for p in self.potentials]
+        return {cutoff: self._graph(atoms, cutoff) for cutoff in self._caches}
 
     def _evaluate(self, atoms: Atoms) -> dict[str, Any]:
+        (answer,) = self._evaluate_together([atoms], [self])
+        if isinstance(answer, ValueError):
+            raise answer
+        return answer
+
+    def _evaluate_together(
+        self, frames: Sequence[Atoms], calculators: Sequence[EqCalculator]
+    ) -> list[dict[str, Any] | ValueError]:
+        """Results of each structure, or what is wrong with it; neighbours are found by the twin of
+        this calculator that goes with it."""
+        answers: dict[int, dict[str, Any] | ValueError] = {}
+        graphs: dict[float, list[AtomicGraph]] = {cutoff: [] for cutoff in self._caches}
+        sound = []
+        with shielded(self.device):
+            for k, (atoms, calculator) in enumerate(zip(frames, calculators, strict=True)):
+                try:
+                    of_frame = calculator._checked_graphs(atoms)
+                except ValueError as problem:
+                    answers[k] = problem
+                    continue
+                sound.append(k)
+                for cutoff, graph in of_frame.items():
+                    graphs[cutoff].append(graph)
+            if sound:
+                stress = any(frames[k].pbc.all() for k in sound)
+                outputs = list(self._call(graphs, stress))
+                ends = np.cumsum([len(frames[k]) for k in sound])
+                for place, k in enumerate(sound):
+                    rows = slice(ends[place] - len(frames[k]), ends[place])
+                    try:
+                        answers[k] = self._results(frames[k], place, rows, outputs)
+                    except ValueError as problem:
+                        answers[k] = problem
+        return [answers[k] for k in range(len(frames))]
+
+    def _results(
+        self,
+        atoms: Atoms,
+        place: int,
+        rows: slice,
+        outputs: Sequence[tuple[dict[str, torch.Tensor], Potential]],
+    ) -> dict[str, Any]:
+        """Results of structure ``place`` of a batch, whose atoms are ``rows``."""
         periodic = bool(atoms.pbc.all())
         members = []
-        for output, potential in self._call(atoms, stress=periodic):
+        for output, potential in outputs:
             e, f = self._energy_unit, self._energy_unit / self._length_unit
-            energies = output["node_energy"].cpu().numpy() * e
+            energies = output["node_energy"][rows].cpu().numpy() * e
             member = {
-                "energy": np.float64(output["energy"].item() * e),
+                "energy": np.float64(output["energy"][place].item() * e),
                 "energies": energies,
                 "node_energy": energies - potential.e0.cpu().numpy()[atoms.numbers] * e,
-                "forces": output["forces"].cpu().numpy() * f,
+                "forces": output["forces"][rows].cpu().numpy() * f,
             }
             if self._has_spread:
-                member["energy_spread"] = np.float64(output["energy_spread"].item() * e)
-                member["forces_spread"] = output["forces_spread"].cpu().numpy() * f
+                member["energy_spread"] = np.float64(output["energy_spread"][place].item() * e)
+                member["forces_spread"] = output["forces_spread"][rows].cpu().numpy() * f
             if periodic:
-                stress = output["stress"][0].cpu().numpy() * (f / self._length_unit**2)
+                stress = output["stress"][place].cpu().numpy() * (f / self._length_unit**2)
                 member["stress"] = full_3x3_to_voigt_6_stress(stress)
             _check_finite(atoms, member)
             members.append(member)
@@ -329,63 +445,6 @@ class EqCalculator(Calculator):
                 results[key] = float(results[key])
         return results
 
-    def _twice_differentiable(self, atoms: Atoms) -> bool:
-        """Whether forces are derivatives of the energy that can be differentiated again."""
-        with _shielded(self.device), torch.enable_grad():
-            for forces, positions in self._differentiable_forces(atoms):
-                if not forces.requires_grad:
-                    return False
-                try:
-                    torch.autograd.grad(forces[0, 0], positions, allow_unused=True)
-                except RuntimeError:  # an operation of the model has no second derivative
-                    return False
-        return True
-
-    def _differentiable_forces(self, atoms: Atoms) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        check_structure(atoms, self._known)
-        pairs = []
-        with _shielded(self.device):
-            for potential in self.potentials:
-                # In training mode a potential keeps the graph of its forces; its parts stay in
-                # evaluation mode.
-                twin = copy.copy(potential)
-                twin.training = True
-                graph = self._graph(atoms, potential.cutoff)
-                positions = graph.positions.requires_grad_()
-                pairs.append((twin(graph)["forces"], positions))
-        return pairs
-
-    def _hessian_by_autograd(self, atoms: Atoms) -> np.ndarray:
-        n = 3 * len(atoms)
-        hessians = []
-        with _shielded(self.device), torch.enable_grad():
-            for forces, positions in self._differentiable_forces(atoms):
-                rows = positions.new_zeros(n, n)
-                if forces.requires_grad:  # not so without any neighbours
-                    for k, force in enumerate(forces.flatten()):
-                        (row,) = torch.autograd.grad(
-                            force,
-                            positions,
-                            retain_graph=True,
-                            materialize_grads=True,
-                            allow_unused=True,
-                        )
-                        rows[k] = -row.flatten()
-                hessians.append(rows.detach().cpu().numpy())
-        return np.mean(hessians, axis=0) * (self._energy_unit / self._length_unit**2)
-
-    def _hessian_by_differences(self, atoms: Atoms, h: float) -> np.ndarray:
-        moved = atoms.copy()
-        rows = np.empty((3 * len(atoms), 3 * len(atoms)))
-        for k in range(3 * len(atoms)):
-            forces = []
-            for sign in (1, -1):
-                moved.positions = atoms.positions
-                moved.positions[k // 3, k % 3] += sign * h
-                forces.append(self._evaluate(moved)["forces"].ravel())
-            rows[k] = -(forces[0] - forces[1]) / (2 * h)
-        return rows
-
     def __getstate__(self) -> dict[str, Any]:
         # A lock belongs to one process; lists of neighbours are made again.
         state = self.__dict__ | {"_caches": {c: NeighborCache(c, self.skin) for c in self._caches}}
@@ -395,50 +454,6 @@ class EqCalculator(Calculator):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
-
-
-@contextmanager
-def _shielded(device: torch.device) -> Iterator[None]:
-    """Evaluate as if the caller had set nothing: his modes would leave no gradients, or coarse
-    ones."""
-    threads = torch.get_num_threads()
-    # The threads of OpenMP do not survive a fork: a child that waited for them would wait for ever.
-    orphan = threads > 1 and os.getpid() != IMPORTED_BY
-    if orphan:
-        torch.set_num_threads(1)
-    try:
-        with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if orphan:
-            torch.set_num_threads(threads)
-
-
-def _take_alias(options: dict[str, Any], aliases: Sequence[str], name: str, value: Any) -> Any:
-    for alias in aliases:
-        if alias in options:
-            other = options.pop(alias)
-            if value is not None and other is not None:
-                raise TypeError(f"'{alias}' is another name of '{name}'; give one of them")
-            value = other if value is None else value
-    return value
-
-
-def _refuse_unknown(options: dict[str, Any]) -> None:
-    names = (
-        "model", "device", "dtype", "skin", "energy_units_to_eV", "length_units_to_A", "info_keys",
-        "field", "symmetrize", "default_dtype", "use_device", "atoms", "directory", "label",
-        *MODEL_ALIASES,
-    )  # fmt: skip
-    for key, value in options.items():
-        if key not in FOREIGN:
-            close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-            hint = f", did you mean '{close[0]}'?" if close else f"; there are {', '.join(names)}"
-            raise TypeError(f"EqCalculator: unknown option '{key}'{hint}")
-        if value:
-            warnings.warn(
-                f"EqCalculator: '{key}' has no meaning for these models, ignored", stacklevel=3
-            )
 
 
 def _check_finite(atoms: Atoms, results: Mapping[str, Any]) -> None:
@@ -452,3 +467,18 @@ def _check_finite(atoms: Atoms, results: Mapping[str, Any]) -> None:
                 f"the model gives no finite {name}{where} for {atoms.get_chemical_formula()}; "
                 f"the structure is far from anything it has learnt, or its weights are broken"
             )
+
+
+def batches(sizes: Sequence[int], max_atoms: int) -> Iterator[list[int]]:
+    """Consecutive numbers of structures with at most ``max_atoms`` atoms together, or single
+    ones."""
+    batch: list[int] = []
+    atoms = 0
+    for k, size in enumerate(sizes):
+        if batch and atoms + size > max_atoms:
+            yield batch
+            batch, atoms = [], 0
+        batch.append(k)
+        atoms += size
+    if batch:
+        yield batch

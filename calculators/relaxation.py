@@ -2,14 +2,16 @@
 kept.
 
 Thin over ASE: its optimizers, ``FrechetCellFilter`` for the cell, ``FixSymmetry`` for the space
-group.  A structure that fails says why, and the others are finished.
+group.  A structure that fails says why, and the others are finished.  ``relax`` takes one structure
+after the other; ``relax_many`` moves many at a time, each by an optimizer of its own, and evaluates
+them in batches: the same steps, and faster for small structures.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,7 @@ from ase.io import read
 from ase.optimize import BFGS, FIRE, LBFGS, BFGSLineSearch
 from ase.optimize.fire2 import FIRE2
 
-from mlip.calculators.eq_calculator import EqCalculator
+from mlip.calculators.eq_calculator import EqCalculator, batches
 
 OPTIMIZERS: dict[str, Any] = {
     "FIRE": FIRE,
@@ -31,6 +33,7 @@ OPTIMIZERS: dict[str, Any] = {
     "LBFGS": LBFGS,
     "BFGSLineSearch": BFGSLineSearch,
 }
+BY_NAME = {name.lower(): driver for name, driver in OPTIMIZERS.items()}
 RUNAWAY = 5.0  # a cell whose volume changes by more than this factor is no longer the same crystal
 
 
@@ -108,82 +111,193 @@ def relax(
     ValueError
         For settings that make no sense.  What is wrong with one structure is said in its result.
     """
-    by_name = {name.lower(): driver for name, driver in OPTIMIZERS.items()}
-    if optimizer.lower() not in by_name:
-        raise ValueError(f"unknown optimizer '{optimizer}'; there are {', '.join(OPTIMIZERS)}")
-    if pressure != 0.0 and not cell:
-        raise ValueError(f"pressure = {pressure} GPa acts on the cell; set cell=True")
-    if not (fmax > 0 and max_steps >= 0):
-        raise ValueError(
-            f"fmax = {fmax}, max_steps = {max_steps}; give fmax > 0 and max_steps >= 0"
-        )
-    if keep_symmetry:
-        _require_spglib()
+    settings = _Settings(
+        cell, pressure, keep_symmetry, fmax, max_steps, optimizer, symprec, on_step
+    )
     calculator = as_calculator(model, **calculator_options)
     results = []
     for name, atoms, error in _named(structures):
-        result = RelaxResult(name, None if atoms is None else _bare(atoms), error=error)
-        results.append(result)
-        if atoms is None:
-            continue
-        try:
-            moving = _bare(atoms)
-            moving.calc = calculator
-            _relax_one(
-                result, moving, by_name[optimizer.lower()], cell, pressure, keep_symmetry, fmax,
-                max_steps, symprec, on_step,
-            )  # fmt: skip
-        except Exception as problem:  # whatever it is, the other structures go on
-            result.error = str(problem) or type(problem).__name__
-        result.spacegroup = spacegroup(result.atoms, symprec)
+        run = _Relaxation(name, atoms, error, settings)
+        if run.atoms is not None:
+            run.atoms.calc = calculator
+        while not run.finished:
+            run.advance()
+        results.append(run.close())
     return results
 
 
-def _relax_one(
-    result: RelaxResult,
-    atoms: Atoms,
-    driver: Any,
-    cell: bool,
-    pressure: float,
-    keep_symmetry: bool,
-    fmax: float,
-    max_steps: int,
-    symprec: float,
-    on_step: Callable[[str, int, float], None] | None,
-) -> None:
-    constraints = list(atoms.constraints)
-    if cell and not atoms.pbc.all():
-        raise ValueError(
-            f"the cell cannot be relaxed with pbc = {atoms.pbc.tolist()}; "
-            f"give a cell that is periodic in three directions, or fix it"
+def relax_many(
+    structures: Atoms | str | os.PathLike[str] | Iterable[Atoms | str | os.PathLike[str]],
+    model: Any,
+    *,
+    max_atoms: int = 256,
+    cell: bool = False,
+    pressure: float = 0.0,
+    keep_symmetry: bool = False,
+    fmax: float = 0.01,
+    max_steps: int = 500,
+    optimizer: str = "FIRE",
+    symprec: float = 0.01,
+    on_step: Callable[[str, int, float], None] | None = None,
+    **calculator_options: Any,
+) -> list[RelaxResult]:
+    """``relax`` for many structures at a time, evaluated in batches.
+
+    Structures take the same steps as in ``relax``.  One that is finished makes room for the next,
+    so that batches stay full.
+
+    Parameters
+    ----------
+    max_atoms : int
+        Atoms in a batch at most, if it is not a single structure.
+    model : whatever ``EqCalculator`` takes, or an ``EqCalculator``
+    others : as of ``relax``
+
+    Raises
+    ------
+    TypeError
+        For a calculator that cannot evaluate several structures at once.
+    """
+    settings = _Settings(
+        cell, pressure, keep_symmetry, fmax, max_steps, optimizer, symprec, on_step
+    )
+    calculator = as_calculator(model, **calculator_options)
+    if not isinstance(calculator, EqCalculator):
+        raise TypeError(
+            f"relax_many evaluates batches and needs an EqCalculator, not "
+            f"{type(calculator).__name__}; use relax"
         )
-    atoms.get_potential_energy()  # what is wrong with it comes before its symmetry
-    if keep_symmetry:
-        from ase.constraints import FixSymmetry
-
-        atoms.set_constraint([*constraints, FixSymmetry(atoms, symprec=symprec)])
-    volume = abs(atoms.cell.volume)
-    target = FrechetCellFilter(atoms, scalar_pressure=pressure * units.GPa) if cell else atoms
-    optimizer = driver(target, logfile=None)
-
-    def record() -> None:
-        forces = target.get_forces()
-        if cell and not 1 / RUNAWAY < abs(atoms.cell.volume) / volume < RUNAWAY:
-            raise ValueError(
-                f"the volume went from {volume:.4g} to {abs(atoms.cell.volume):.4g} angstrom^3 in "
-                f"{optimizer.nsteps} steps; the model does not hold this crystal together"
+    waiting = _named(structures)
+    runs: list[_Relaxation] = []
+    active: list[_Relaxation] = []
+    more = True
+    while more or active:
+        while more and sum(len(run.atoms) for run in active) < max_atoms:
+            item = next(waiting, None)
+            more = item is not None
+            if item is not None:
+                runs.append(_Relaxation(*item, settings))
+                if not runs[-1].finished:
+                    runs[-1].atoms.calc = calculator.twin()
+                    active.append(runs[-1])
+        for batch in batches([len(run.atoms) for run in active], max_atoms):
+            members = [active[k] for k in batch]
+            problems = EqCalculator.calculate_together(
+                [run.atoms.calc for run in members], [run.atoms for run in members]
             )
-        result.steps = optimizer.nsteps
+            for run, problem in zip(members, problems, strict=True):
+                if problem is None:
+                    run.advance()
+                else:
+                    run.fail(problem)
+        active = [run for run in active if not run.finished]
+    return [run.close() for run in runs]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Arguments of ``relax`` that are the same for all structures."""
+
+    cell: bool
+    pressure: float
+    keep_symmetry: bool
+    fmax: float
+    max_steps: int
+    optimizer: str
+    symprec: float
+    on_step: Callable[[str, int, float], None] | None
+
+    def __post_init__(self) -> None:
+        if self.optimizer.lower() not in BY_NAME:
+            raise ValueError(
+                f"unknown optimizer '{self.optimizer}'; there are {', '.join(OPTIMIZERS)}"
+            )
+        if self.pressure != 0.0 and not self.cell:
+            raise ValueError(f"pressure = {self.pressure} GPa acts on the cell; set cell=True")
+        if not (self.fmax > 0 and self.max_steps >= 0):
+            raise ValueError(
+                f"fmax = {self.fmax}, max_steps = {self.max_steps}; "
+                f"give fmax > 0 and max_steps >= 0"
+            )
+        if self.keep_symmetry:
+            _require_spglib()
+
+
+class _Relaxation:
+    """One structure on its way, from evaluation to evaluation."""
+
+    atoms: Any  # moves; its calculator is set from outside
+    target: Any  # the atoms, or a filter that moves the cell, too
+
+    def __init__(
+        self, name: str, atoms: Atoms | None, error: str | None, settings: _Settings
+    ) -> None:
+        self.settings = settings
+        self.result = RelaxResult(name, None if atoms is None else _bare(atoms), error=error)
+        self.finished = atoms is None
+        self.atoms = None if atoms is None else _bare(atoms)
+        self.optimizer: Any = None
+        self.steps = 0
+
+    def advance(self) -> None:
+        """Record the present geometry, and move on unless it is the end."""
+        s = self.settings
+        try:
+            if self.optimizer is None:
+                self._start()
+            self._record()
+            self.result.converged = self.result.fmax < s.fmax
+            self.finished = self.result.converged or self.steps >= s.max_steps
+            if not self.finished:
+                self.optimizer.step()
+                self.steps += 1
+        except Exception as problem:  # whatever it is, the other structures go on
+            self.fail(problem)
+
+    def fail(self, problem: Exception) -> None:
+        self.result.error = str(problem) or type(problem).__name__
+        self.result.converged = False
+        self.finished = True
+
+    def close(self) -> RelaxResult:
+        self.result.spacegroup = spacegroup(self.result.atoms, self.settings.symprec)
+        return self.result
+
+    def _start(self) -> None:
+        atoms, s = self.atoms, self.settings
+        self.constraints = list(atoms.constraints)
+        if s.cell and not atoms.pbc.all():
+            raise ValueError(
+                f"the cell cannot be relaxed with pbc = {atoms.pbc.tolist()}; "
+                f"give a cell that is periodic in three directions, or fix it"
+            )
+        atoms.get_potential_energy()  # what is wrong with it comes before its symmetry
+        if s.keep_symmetry:
+            from ase.constraints import FixSymmetry
+
+            atoms.set_constraint([*self.constraints, FixSymmetry(atoms, symprec=s.symprec)])
+        self.volume = abs(atoms.cell.volume)
+        self.target = atoms
+        if s.cell:
+            self.target = FrechetCellFilter(atoms, scalar_pressure=s.pressure * units.GPa)
+        self.optimizer = BY_NAME[s.optimizer.lower()](self.target, logfile=None)
+
+    def _record(self) -> None:
+        atoms, result = self.atoms, self.result
+        volume = abs(atoms.cell.volume)
+        if self.settings.cell and not 1 / RUNAWAY < volume / self.volume < RUNAWAY:
+            raise ValueError(
+                f"the volume went from {self.volume:.4g} to {volume:.4g} angstrom^3 in "
+                f"{self.steps} steps; the model does not hold this crystal together"
+            )
+        forces = self.target.get_forces()
+        result.steps = self.steps
         result.fmax = float(np.sqrt((forces**2).sum(axis=1).max()))
         result.energy = float(atoms.get_potential_energy())
         result.stress = atoms.get_stress(apply_constraint=False) if atoms.pbc.all() else None
-        result.atoms = frozen(atoms, constraints)
-        if on_step is not None:
-            on_step(result.name, result.steps, result.fmax)
-
-    optimizer.attach(record)
-    record()
-    result.converged = bool(optimizer.run(fmax=fmax, steps=max_steps))
+        result.atoms = frozen(atoms, self.constraints)
+        if self.settings.on_step is not None:
+            self.settings.on_step(result.name, result.steps, result.fmax)
 
 
 def as_calculator(model: Any, **options: Any) -> BaseCalculator:
@@ -238,7 +352,7 @@ def spacegroup(atoms: Atoms | None, symprec: float) -> str | None:
             return None
 
 
-def _named(structures: Any) -> Iterable[tuple[str, Atoms | None, str | None]]:
+def _named(structures: Any) -> Iterator[tuple[str, Atoms | None, str | None]]:
     """Each structure with a name and, if it could not be read, the reason."""
     if isinstance(structures, Atoms | str | os.PathLike):
         structures = [structures]

@@ -22,14 +22,14 @@ from rich.progress import (
 from rich.table import Table
 
 from mlip.calculators.dynamics import MDResult, run_md
-from mlip.calculators.relaxation import RelaxResult, last_frame, relax
+from mlip.calculators.relaxation import RelaxResult, last_frame, relax_many
 from mlip.data.export import require_writable
 
 
 def relax_and_report(
     structures: Sequence[str], model: Any, *, out: str | None = None, **settings: Any
 ) -> bool:
-    """``relax``, a table of the results, and the structures in ``out``; whether all converged."""
+    """``relax_many``, a table of the results, and the structures in ``out``; whether all converged."""
     if out is not None:
         require_writable(Path(out))  # an ending or folder that is wrong must not cost the work
     console = _console()
@@ -40,7 +40,7 @@ def relax_and_report(
         def show(name: str, step: int, fmax: float) -> None:
             progress.update(task, description=f"{name}: step {step}, fmax {fmax:.4f} eV/A")
 
-        results = relax(structures, model, on_step=show, **settings)
+        results = relax_many(structures, model, on_step=show, **settings)
     console.print(relax_table(results))
     for result in results:
         if result.error is not None:

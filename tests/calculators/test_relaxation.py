@@ -12,7 +12,7 @@ from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms, FixInternals, Hookean
 from ase.io import read, write
 
-from mlip.calculators import EqCalculator, relax
+from mlip.calculators import EqCalculator, relax, relax_many
 from mlip.calculators.relaxation import OPTIMIZERS
 
 
@@ -160,3 +160,31 @@ def test_constraints_hold(potential) -> None:
     atoms.set_constraint(Hookean(0, 1, k=500.0, rt=2.0))
     (result,) = relax(atoms, calc, fmax=1e-3)
     assert result.converged and result.atoms.get_distance(0, 1) < 2.1
+
+
+@pytest.mark.parametrize(("optimizer", "cell"), [("FIRE", True), ("BFGS", True), ("LBFGS", False)])
+def test_many_at_a_time_take_the_same_steps(toy, cell: bool, optimizer: str) -> None:
+    structures = [copper(rattle) for rattle in (0.02, 0.1, 0.15)]
+    structures[1].set_constraint(FixAtoms([0]))
+    structures.append(bulk("Cu", a=3.5))
+    settings = {"cell": cell, "fmax": 0.01, "optimizer": optimizer, "max_steps": 60}
+    one_by_one = relax(structures, toy, **settings)
+    # Five atoms: a batch has one structure or two, and the order of evaluations differs.
+    together = relax_many(structures, toy, max_atoms=5, **settings)
+    for a, b in zip(one_by_one, together, strict=True):
+        assert a.name == b.name and a.status == b.status and a.steps == b.steps
+        assert abs(a.energy - b.energy) < 1e-8
+        assert abs(a.atoms.positions - b.atoms.positions).max() < 1e-7
+        assert abs(np.array(a.atoms.cell) - np.array(b.atoms.cell)).max() < 1e-7
+
+
+def test_one_bad_structure_among_many_stops_no_other(toy, tmp_path) -> None:
+    overlap = copper()
+    overlap.positions[1] = overlap.positions[0]
+    strange = bulk("Fe")
+    results = relax_many([copper(), overlap, "nowhere.cif", strange, copper()], toy, fmax=0.05)
+    assert [r.converged for r in results] == [True, False, False, False, True]
+    assert "overlap" in results[1].error and "Fe" in results[3].error
+    assert "cannot be read" in results[2].error
+    with pytest.raises(TypeError, match="use relax"):
+        relax_many(copper(), EMT())

@@ -1,0 +1,58 @@
+"""Many structures at a time give what each gives alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, molecule
+
+from mlip.calculators import EqCalculator
+
+
+def structures() -> list[Atoms]:
+    crystal = bulk("Cu", cubic=True)
+    crystal.rattle(0.1, seed=0)
+    cluster = Atoms("Cu3", [[0, 0, 0], [2.3, 0, 0], [0.4, 2.5, 0.3]])
+    slab = bulk("Cu", cubic=True)
+    slab.pbc = [True, True, False]
+    return [crystal, cluster, Atoms("Cu"), slab, bulk("Cu")]
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetrize": "tetrahedral"}])
+@pytest.mark.parametrize("max_atoms", [1, 7, 1000])
+def test_as_one_by_one(toy, options: dict, max_atoms: int) -> None:
+    calc = EqCalculator(toy, dtype="float64", **options)
+    together = calc.evaluate(structures(), max_atoms=max_atoms)
+    assert calc.results == {}  # of this calculator's own structure
+    for atoms, results in zip(structures(), together, strict=True):
+        calc.calculate(atoms)
+        assert results.keys() == calc.results.keys()
+        assert ("stress" in results) == bool(atoms.pbc.all())
+        for key, value in calc.results.items():
+            np.testing.assert_allclose(results[key], value, rtol=0, atol=1e-10, err_msg=key)
+
+
+def test_committee(toy) -> None:
+    calc = EqCalculator([toy, toy])
+    for results in calc.evaluate(structures()):
+        assert results["forces_comm"].shape == (2, *results["forces"].shape)
+        assert results["energy_var"] == pytest.approx(0, abs=1e-20)
+
+
+def test_what_is_wrong_is_said_with_the_number(toy) -> None:
+    calc = EqCalculator(toy)
+    broken = molecule("H2O")
+    broken.positions[1] = np.nan
+    with pytest.raises(ValueError, match="structure 5: position of atom 1"):
+        calc.evaluate([*structures(), broken])
+    assert calc.evaluate([]) == []
+
+
+def test_a_twin_has_results_of_its_own(toy) -> None:
+    calc = EqCalculator(toy)
+    first, second = structures()[0], structures()[4]
+    first.calc, second.calc = calc, calc.twin()
+    energies = first.get_potential_energy(), second.get_potential_energy()
+    assert first.calc.results["energy"] == energies[0] != energies[1]
+    assert second.calc.potentials is calc.potentials
