@@ -16,6 +16,8 @@ FOREIGN = (
 
 
 def take_alias(options: dict[str, Any], aliases: Sequence[str], name: str, value: Any) -> Any:
+    """The value given under ``name`` or one of its other names, which is taken out of
+    ``options``."""
     for alias in aliases:
         if alias in options:
             other = options.pop(alias)
@@ -26,6 +28,8 @@ def take_alias(options: dict[str, Any], aliases: Sequence[str], name: str, value
 
 
 def refuse_unknown(options: dict[str, Any]) -> None:
+    """TypeError with the nearest name for a misspelt option, a warning for one of other
+    packages."""
     names = (
         "model", "device", "dtype", "skin", "energy_units_to_eV", "length_units_to_A", "info_keys",
         "field", "symmetrize", "default_dtype", "use_device", "atoms", "directory", "label",
