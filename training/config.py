@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, create_model, model_validator
 
 from mlip.config import Config, ConfigError, apply_overrides, parse, read_yaml
+from mlip.training import wrapper_config
 from mlip.training.symmetry_config import SymmetryConfig
 
 # Presets of size; keys given in the file come before them.
@@ -363,6 +364,10 @@ class TrainConfig(Config):
     licence: str | None = Field(None, description="goes into the model file")
     data: DataConfig
     model: ModelConfig = ModelConfig()
+    wrapper: wrapper_config.WrapperConfig | None = Field(
+        None,
+        description="put around the model, such as {name: frame_averaging, kind: local}",
+    )
     loss: LossConfig = LossConfig()
     symmetry: SymmetryConfig = SymmetryConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -372,8 +377,9 @@ class TrainConfig(Config):
     logging: LoggingConfig = LoggingConfig()
 
 
-def config_class(name: str) -> type[TrainConfig]:
-    """``TrainConfig`` whose section ``model`` has the hyperparameters of the named model."""
+def config_class(name: str, wrapper: str | None = None) -> type[TrainConfig]:
+    """``TrainConfig`` whose section ``model`` has the hyperparameters of the named model, and
+    ``wrapper`` the options of the named one, or of any."""
     from mlip.models import MODELS
 
     if name not in MODELS:
@@ -388,8 +394,12 @@ def config_class(name: str) -> type[TrainConfig]:
     section = create_model(
         "ModelConfig", __base__=(hyperparameters, ModelConfig), __doc__="The model.", **fields
     )
+    sections: dict[str, Any] = {
+        "model": (section, section()),
+        "wrapper": (wrapper_config.section(wrapper), TrainConfig.model_fields["wrapper"]),
+    }
     return create_model(
-        "TrainConfig", __base__=TrainConfig, __doc__=TrainConfig.__doc__, model=(section, section())
+        "TrainConfig", __base__=TrainConfig, __doc__=TrainConfig.__doc__, **sections
     )
 
 
@@ -424,7 +434,8 @@ def parse_training(content: Mapping[str, Any], source: str = "configuration") ->
         model = {**preset, **model}
     else:
         name = "facet"
-    config = parse(config_class(name), {**content, "model": model}, source)
+    content, wrapper = wrapper_config.with_section(content, source)
+    config = parse(config_class(name, wrapper), {**content, "model": model}, source)
     own = hyperparameters(config)
     from mlip.models import MODELS
 

@@ -42,6 +42,7 @@ from mlip.training.loss import Objective
 from mlip.training.signals import StopSignals
 from mlip.training.symmetry_losses import symmetry_terms
 from mlip.training.trainer import BEST, LAST, STATE, Trainer
+from mlip.wrappers import unwrapped, wrap
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -217,6 +218,8 @@ def make_potential(config: TrainConfig, data: RunData) -> tuple[TrainConfig, Pot
     metadata["training"] = {k: v for k, v in metadata["training"].items() if v is not None}
     repulsion = ZBL() if config.model.repulsion == "zbl" else None
     model = build(config.model.name, **own)
+    if config.wrapper is not None:
+        model = wrap(model, **config.wrapper.model_dump())
     cohesion = None if "least squares" in s.e0_source else fit_cohesion(data.train, s.e0)
     metadata = {k: v for k, v in metadata.items() if v is not None}
     potential = Potential(model, s.e0, scale, repulsion, cohesion, metadata)
@@ -231,7 +234,8 @@ def make_potential(config: TrainConfig, data: RunData) -> tuple[TrainConfig, Pot
 def start_from(potential: Potential, path: Path) -> None:
     """Give a new potential the weights of a saved one: staged training.
 
-    Scale and energies of cohesion go with the weights, reference energies stay those of the data.
+    Scale and energies of cohesion go with the weights, reference energies stay those of the data;
+    wrappers may differ.
 
     Raises
     ------
@@ -239,20 +243,21 @@ def start_from(potential: Potential, path: Path) -> None:
         If they are different models in more than heads for direct forces.
     """
     old = checkpoint.load(path)
-    ours, theirs = potential.model.state_dict(), old.model.state_dict()
+    (model, _), (old_model, _) = unwrapped(potential.model), unwrapped(old.model)
+    ours, theirs = model.state_dict(), old_model.state_dict()
     odd = [
         key
         for key in sorted(ours.keys() | theirs.keys())
         if (key in ours and key in theirs and ours[key].shape != theirs[key].shape)
         or ((key in ours) != (key in theirs) and not key.startswith("forces."))
     ]
-    if type(old.model) is not type(potential.model) or odd:
+    if type(old_model) is not type(model) or odd:
         raise ValueError(
             f"init_from: {path} is another model than the configured one"
             + (f"; they differ in {', '.join(odd[:3])}" if odd else "")
         )
     known = {key: value for key, value in theirs.items() if key in ours}
-    potential.model.load_state_dict({**ours, **known})
+    model.load_state_dict({**ours, **known})
     potential.scale.copy_(old.scale)
     potential.cohesion = old.cohesion
     logger.info("weights of %s", path)
@@ -362,6 +367,8 @@ def _fingerprint(config: TrainConfig, data: RunData) -> dict[str, Any]:
     optional: dict[str, Any] = {"symmetry": dump["symmetry"]} if config.symmetry.active else {}
     if config.data.views > 1:
         optional["views"] = config.data.views
+    if config.wrapper is not None:
+        optional["wrapper"] = dump["wrapper"]
     keys = (
         "batch_size",
         "max_atoms",
