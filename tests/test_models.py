@@ -28,6 +28,7 @@ CUTOFF = 4.0
 SMALL: dict[str, dict[str, Any]] = {
     "facet": dict(channels=12, lmax=2, num_basis=5, hidden=16, message_channels=(6, 4)),
     "escaip": dict(hidden=12, node_hidden=16, num_heads=2, angular_channels=(3, 2, 1), num_basis=5),
+    "gaunt": dict(channels=8, lmax=2, num_basis=5, hidden=12, message_channels=(5, 3)),
     "transip": dict(
         hidden=20, num_layers=2, num_heads=2, head_width=4, edge_functions=6, latent=(2, 1)
     ),
@@ -41,6 +42,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "facet-deep": (
         "facet",
         {**SMALL["facet"], "lmax": 3, "num_layers": 3, "message_channels": (5, 4, 3)},
+    ),
+    "gaunt-pairs": (
+        "gaunt",
+        {**SMALL["gaunt"], "lmax": 3, "order": 2, "factors": 2, "message_channels": (5, 4, 3)},
+    ),
+    "gaunt-deep": (
+        "gaunt",
+        {**SMALL["gaunt"], "num_layers": 3, "factors": 3, "antisymmetric": True},
     ),
     "transip-irreps": ("transip", {**SMALL["transip"], "tokens": "irreps"}),
     "escaip-vectors": ("escaip", {**SMALL["escaip"], "angular": "vectors", "num_layers": 1}),

@@ -14,6 +14,7 @@ from mlip.config import Config, parse
 from mlip.models.environment import Environment, EnvironmentConfig
 from mlip.models.escaip import EScAIP, EScAIPConfig
 from mlip.models.facet import Facet, FacetConfig
+from mlip.models.gaunt import Gaunt, GauntConfig
 from mlip.models.ponita import Ponita, PonitaConfig
 from mlip.models.ponita import Ponita, PonitaConfig
 from mlip.models.transip import TransIP, TransIPConfig
@@ -22,6 +23,7 @@ MODELS: dict[str, tuple[type[nn.Module], type[Config]]] = {
     "facet": (Facet, FacetConfig),
     "escaip": (EScAIP, EScAIPConfig),
     "transip": (TransIP, TransIPConfig),
+    "gaunt": (Gaunt, GauntConfig),
     "ponita": (Ponita, PonitaConfig),
     "ponita": (Ponita, PonitaConfig),
     "environment": (Environment, EnvironmentConfig),

@@ -26,8 +26,6 @@ Cost: O(E LM B S) + O(N LM C^2).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import Literal, cast
 
 import torch
@@ -37,11 +35,11 @@ from torch import Tensor, nn
 from mlip.config import Config
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.nn.constant import Constant
+from mlip.nn.density import Density, EdgeBasis
 from mlip.nn.gaunt_product import GauntProduct
-from mlip.nn.neighborhoods import gather_neighborhoods
-from mlip.nn.radial import bessel, polynomial_envelope
+from mlip.nn.layers import InvariantMLP, soft_norm
 from mlip.nn.sphere_grid import SphereGrid
-from mlip.nn.spherical import SphericalHarmonics, clebsch_gordan, degree_of_component
+from mlip.nn.spherical import degree_of_component
 
 
 class FacetConfig(Config):
@@ -79,7 +77,7 @@ class Facet(nn.Module):
         super().__init__()
         c = self.config = config
         self.embed = nn.Embedding(119, c.channels)  # one row per Z, row 0 unused
-        self.harmonics = SphericalHarmonics(c.lmax)
+        self.edges = EdgeBasis(c.lmax, c.num_basis, c.cutoff, c.avg_num_neighbors)
         self.layers = nn.ModuleList(
             Layer(c, degrees=c.message_channels if t else c.message_channels[:1])
             for t in range(c.num_layers)
@@ -104,14 +102,7 @@ class Facet(nn.Module):
     def forward(self, graph: AtomicGraph) -> NodeOutput:
         c = self.config
         N = len(graph.atomic_numbers)
-        hood = gather_neighborhoods(graph.vectors, graph.edge_index, N, c.cutoff)
-        r = hood.vectors.norm(dim=-1, keepdim=True)  # (N, K, 1)
-        Y = self.harmonics(hood.vectors / r)  # (N, K, LM)
-        x = r[..., 0] / c.cutoff
-        B = bessel(x, c.num_basis) * (
-            polynomial_envelope(x) / math.sqrt(4 * c.avg_num_neighbors)
-        ).unsqueeze(-1)  # (N, K, B)
-        edges = (Y[..., :, None] * B[..., None, :]).flatten(2).mT  # (N, LM B, K)
+        edges, hood = self.edges(graph.vectors, graph.edge_index, N)
 
         species = self.embed(graph.atomic_numbers)  # (N, C)
         scalars, steerable = species, None
@@ -173,96 +164,6 @@ class Layer(nn.Module):
         return scalars + update, torch.cat([U, P], dim=-1), self.readout(update).squeeze(-1)
 
 
-def soft_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Factor (N,) of an equivariant layer norm: (1 + mean x^2)^-1/2 over all but the atoms.
-
-    The one keeps it smooth and zero at zero: an atom whose last neighbour leaves fades out instead
-    of being blown up.
-    """
-    return torch.rsqrt(1 + x.square().mean(dim=dims))
-
-
-class Density(nn.Module):
-    """Sum over neighbours of Y_lm B_b g_l'm's, coupled to total degree, mixed to channels."""
-
-    degree: Tensor  # (LM,)
-
-    def __init__(self, lmax: int, num_basis: int, degrees: tuple[int, ...], channels: int) -> None:
-        super().__init__()
-        self.lmax, self.num_basis, self.degrees = lmax, num_basis, degrees
-        couplings = [Coupling(lmax, l) for l in range(1, len(degrees))]
-        self.couplings = nn.ModuleList(couplings)
-        paths = [lmax + 1, *(coupling.num_paths for coupling in couplings)]
-        # Each output degree receives about (number of paths / number of degrees) inputs of each
-        # kind.
-        fan_in = sum(p / (lmax + 1) * num_basis * S for p, S in zip(paths, degrees, strict=True))
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.randn(p, num_basis * S, channels) / math.sqrt(fan_in))
-            for p, S in zip(paths, degrees, strict=True)
-        )
-        self.register_buffer("degree", degree_of_component(lmax), persistent=False)
-
-    def forward(self, edges: Tensor, messages: list[Tensor], neighbors: Tensor) -> Tensor:
-        N, _, K = edges.shape
-        g = torch.cat(messages, dim=-1).index_select(0, neighbors).view(N, K, -1)
-        S0 = self.degrees[0]
-        T = torch.bmm(edges, g[..., :S0])  # (N, LM B, S0)
-        T = T.view(N, -1, self.num_basis * S0).transpose(0, 1)  # (LM, N, B S0)
-        A = torch.bmm(T, self.weights[0].index_select(0, self.degree))
-        first = S0
-        couplings = cast(Iterable[Coupling], self.couplings)
-        weights = list(self.weights)[1:]
-        for coupling, S, weight in zip(couplings, self.degrees[1:], weights, strict=True):
-            width = (2 * coupling.l + 1) * S
-            rows = coupling.filter_components * self.num_basis
-            T = torch.bmm(edges[:, :rows], g[..., first : first + width])  # (N, lm B, m' S)
-            first += width
-            T = coupling(
-                T.view(N, coupling.filter_components, self.num_basis, 2 * coupling.l + 1, S)
-            )
-            T = torch.bmm(T, weight.index_select(0, coupling.path))  # (Q, N, C)
-            A = A.index_add(0, coupling.component, T)
-        return A
-
-
-class Coupling(nn.Module):
-    """Clebsch-Gordan coupling Y_l1 x g_l -> all l3 <= L of natural parity, l1 <= 2.
-
-    (N, lm, B, m', S) -> (Q, N, B S), Q components of all paths; ``path`` and ``component`` say
-    which.
-    """
-
-    path: Tensor  # (Q,)
-    component: Tensor  # (Q,)
-
-    def __init__(self, lmax: int, l: int) -> None:
-        super().__init__()
-        self.l = l
-        filter_max = min(lmax, 2)
-        self.filter_components = (filter_max + 1) ** 2
-        rows, path, component, num = [], [], [], 0
-        for l1 in range(filter_max + 1):
-            for l3 in range(abs(l1 - l), min(l1 + l, lmax) + 1):
-                if (l1 + l + l3) % 2:
-                    continue  # would have unnatural parity
-                C = clebsch_gordan(l1, l, l3) * math.sqrt(2 * l3 + 1)  # (m1, m, m3)
-                block = torch.zeros(2 * l3 + 1, self.filter_components, 2 * l + 1, dtype=C.dtype)
-                block[:, l1 * l1 : (l1 + 1) ** 2] = C.permute(2, 0, 1)
-                rows.append(block.flatten(1))
-                path += [num] * (2 * l3 + 1)
-                component += list(range(l3 * l3, (l3 + 1) ** 2))
-                num += 1
-        self.num_paths = num
-        self.matrix = Constant(torch.cat(rows))  # (Q, lm m')
-        self.register_buffer("path", torch.tensor(path), persistent=False)
-        self.register_buffer("component", torch.tensor(component), persistent=False)
-
-    def forward(self, T: Tensor) -> Tensor:
-        N, _, B, _, S = T.shape
-        T = T.permute(1, 3, 0, 2, 4).reshape(-1, N * B * S)  # (lm m', N B S)
-        return (self.matrix() @ T).view(-1, N, B * S)
-
-
 class GridProduct(nn.Module):
     """Combine two functions on the sphere pointwise and project back to degree L.
 
@@ -307,19 +208,3 @@ class Invariants(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         q = self.rows() @ (a * b).flatten(1)  # (L + 1, N C)
         return q.view(-1, *a.shape[1:]).transpose(0, 1).flatten(1)
-
-
-class InvariantMLP(nn.Module):
-    """Two layers without biases, gated by the species: zero in, zero out."""
-
-    def __init__(self, inputs: int, hidden: int, outputs: int, species: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(inputs, hidden, bias=False)
-        self.gate = nn.Linear(species, hidden, bias=False)
-        self.second = nn.Linear(hidden, hidden, bias=False)
-        self.third = nn.Linear(hidden, outputs, bias=False)
-
-    def forward(self, q: Tensor, species: Tensor) -> Tensor:
-        h = nn.functional.silu(self.first(q)) * (1 + self.gate(species))
-        h = nn.functional.silu(self.second(h))
-        return self.third(h)

@@ -27,6 +27,7 @@ e3nn's, are in ``mlip.nn.gaunt_reference``.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
@@ -40,12 +41,28 @@ from mlip.nn.spherical import SphericalHarmonics
 
 CHUNK_BYTES = 1 << 18  # of grid values: a few such buffers stay in a core's cache
 
+Operation = Callable[[list[Tensor]], Tensor]  # values at points of the factors of a term -> of it
 Term = tuple[int, ...]  # which functions are multiplied
-Plan = tuple[tuple[int, tuple[Term, ...]], ...]  # of each output: components, terms that are summed
+Plan = tuple[
+    tuple[int, dict[Term, int]], ...
+]  # of each output: components, terms and their factors
+
+
+def pointwise_product(values: list[Tensor]) -> Tensor:
+    """u v ... at each point."""
+    return reduce(torch.mul, values)
+
+
+def pointwise_bracket(values: list[Tensor]) -> Tensor:
+    """{u, v} = d1 u d2 v - d2 u d1 v, slopes (2 P, columns) along two tangents -> (P, columns)."""
+    (u1, u2), (v1, v2) = (x.chunk(2) for x in values)
+    return torch.addcmul(u1 * v2, u2, v1, value=-1)
 
 
 class _SphereOperation(nn.Module):
     """Terms of functions on the sphere, summed at the points of a grid and projected."""
+
+    operation: Operation
 
     def __init__(
         self,
@@ -55,7 +72,9 @@ class _SphereOperation(nn.Module):
     ) -> None:
         super().__init__()
         self.sizes = [(l + 1) ** 2 for l in lmax_in]
-        self.plan: Plan = tuple(((l + 1) ** 2, tuple(terms)) for l, terms in outputs)
+        if any(len(term) < 2 for _, terms in outputs for term in terms):
+            raise ValueError("a term needs two factors or more; one alone needs no grid")
+        self.plan: Plan = tuple(((l + 1) ** 2, Counter(terms)) for l, terms in outputs)
         if degree is None:
             degree = max(
                 l + sum(lmax_in[k] for k in term) for l, terms in outputs for term in terms
@@ -70,18 +89,14 @@ class _SphereOperation(nn.Module):
         """From coefficients to what is multiplied at the points: (P, LM)."""
         return Y
 
-    @staticmethod
-    def operation(values: list[Tensor]) -> Tensor:
-        """One term at each point."""
-        return reduce(torch.mul, values)
-
     def results(self, functions: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """(LM_k, N, C) coefficients of each function -> (LM, N, C) of each output."""
         given = [len(x) for x in functions]
         if given != self.sizes:
             raise ValueError(f"the functions have {given} components instead of {self.sizes}")
         matrices = self.to_grid(), self.from_grid()
-        found: tuple[Tensor, ...] = _OnGrid.apply(self.operation, self.plan, *matrices, *functions)
+        operation = type(self).operation
+        found: tuple[Tensor, ...] = _OnGrid.apply(operation, self.plan, *matrices, *functions)
         return found
 
 
@@ -95,6 +110,8 @@ class GauntPolynomial(_SphereOperation):
         ``[(1, [(0, 1)]), (2, [(0, 1, 2), (0, 0, 0)])]`` is U V to degree 1 and U V W + U^3 to 2
     degree : exactness of the grid; null: what makes all results exact
     """
+
+    operation = staticmethod(pointwise_product)
 
     def __init__(
         self,
@@ -119,6 +136,8 @@ class GauntProduct(_SphereOperation):
     degree : exactness of the grid; null: the sum of the above, with which the product is exact
     """
 
+    operation = staticmethod(pointwise_product)
+
     def __init__(self, lmax_in: Sequence[int], lmax_out: int, degree: int | None = None) -> None:
         super().__init__(lmax_in, [(lmax_out, [tuple(range(len(lmax_in)))])], degree)
 
@@ -135,6 +154,8 @@ class BracketProduct(GauntProduct):
     vectors U and V it is sqrt(3) U x V.
     """
 
+    operation = staticmethod(pointwise_bracket)
+
     def __init__(self, lmax_in: tuple[int, int], lmax_out: int, degree: int | None = None) -> None:
         super().__init__(lmax_in, lmax_out, degree)
 
@@ -148,12 +169,6 @@ class BracketProduct(GauntProduct):
         e1 = nn.functional.normalize(torch.linalg.cross(axis, points), dim=1)
         frame = [e1, torch.linalg.cross(points, e1)]
         return torch.cat([(gradient * e[:, None]).sum(-1) for e in frame])
-
-    @staticmethod
-    def operation(values: list[Tensor]) -> Tensor:
-        """d1 u d2 v - d2 u d1 v."""
-        (u1, u2), (v1, v2) = (x.chunk(2) for x in values)
-        return torch.addcmul(u1 * v2, u2, v1, value=-1)
 
 
 def harmonics_gradient(points: Tensor, components: int) -> Tensor:
@@ -178,7 +193,7 @@ class _OnGrid(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        operation: Callable[[list[Tensor]], Tensor],
+        operation: Operation,
         plan: Plan,
         to_grid: Tensor,
         from_grid: Tensor,
@@ -199,17 +214,19 @@ class _OnGrid(torch.autograd.Function):
                 given.append(G)
         wanted, plan = [], []
         for k in range(len(functions)):
-            # Cyclic order, which matters for brackets: {V, G} for U, {G, U} for V.
-            terms = [
-                (*term[n + 1 :], place[o], *term[:n])
-                for o in place
-                for term in ctx.plan[o][1]
-                for n in range(len(term))
-                if term[n] == k
-            ]
+            terms: Counter[Term] = Counter()
+            for o in place:
+                for term, times in ctx.plan[o][1].items():
+                    for n in range(len(term)):
+                        if term[n] == k:
+                            # Cyclic order, which matters for brackets: {V, G} for U, {G, U} for V.
+                            new = (*term[n + 1 :], place[o], *term[:n])
+                            if ctx.operation is pointwise_product:
+                                new = tuple(sorted(new))
+                            terms[new] += times
             if terms and ctx.needs_input_grad[4 + k]:
                 wanted.append(k)
-                plan.append((len(functions[k]), tuple(terms)))
+                plan.append((len(functions[k]), terms))
         gradients: list[Tensor | None] = [None] * len(functions)
         if not plan:
             return None, None, None, None, *gradients
@@ -220,7 +237,7 @@ class _OnGrid(torch.autograd.Function):
 
 
 def evaluate(
-    operation: Callable[[list[Tensor]], Tensor],
+    operation: Operation,
     plan: Plan,
     to_grid: Tensor,
     from_grid: Tensor,
@@ -238,8 +255,12 @@ def evaluate(
         chunk = slice(start, start + step)
         values = {k: to_grid[:, : len(flat[k])] @ flat[k][:, chunk] for k in used}  # (P, step)
         for result, (size, terms) in zip(results, plan, strict=True):
-            total = operation([values[k] for k in terms[0]])
-            for term in terms[1:]:
-                total += operation([values[k] for k in term])
+            total = torch.zeros(())
+            for number, (term, times) in enumerate(terms.items()):
+                x = operation([values[k] for k in term])
+                if number:
+                    total.add_(x, alpha=times)
+                else:
+                    total = x if times == 1 else x.mul_(times)
             result[:, chunk] = from_grid[:size] @ total
     return [result.view(len(result), *functions[0].shape[1:]) for result in results]

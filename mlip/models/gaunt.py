@@ -1,0 +1,172 @@
+"""Gaunt: many-body messages of the atomic density as products of functions on the sphere.
+
+Features h_i are O(3) irreps of natural parity with equal multiplicities, h[lm, i, c], l <= H.  One
+layer, with the density A of degrees l <= L:
+
+    A_i[lm, c]   = n^-1/2 sum_j sum W CG ( Y(r_ij) B(r_ij) f(r_ij) x g_j ),   g_j = W h_j   density
+    B2_i, B3_i   = project ( a_i(n)^2 ),  project ( a_i(n)^3 )         products of order 2 and 3
+    m_i[lm, c]   = W_l [ A_i, w_2l(Z_i) B2_i, w_3l(Z_i) B3_i ]                      message
+    h_i          <- h_i + m_i,       E_i <- E_i + readout( MLP(m_i[00], Z_i) )
+
+a_i(n) = sum_lm A_i[lm] Y_lm(n) is the density as a function on the sphere.  Its powers take the
+place of the Clebsch-Gordan contractions of MACE (I. Batatia et al., arXiv:2206.07697), as proposed
+by S. Luo et al., "Gaunt tensor products" (arXiv:2401.10216): there is one weight for each element,
+channel, degree and order, whereas a full contraction has one for each path.  All powers of a layer
+come from one pass over an exact quadrature grid (``mlip.nn.gaunt_product``) which stores nothing.
+
+The convolution has radial weights linear in the Bessel functions, so that it acts on atoms
+(``mlip.nn.density``).
+
+Symmetry: O(3), translations and permutations exactly.  An isolated atom has energy zero.
+Cost: O(E LM B S) + O(N LM C^2), memory O(E LM B + N LM C).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mlip.config import Config
+from mlip.data.graph import AtomicGraph, NodeOutput
+from mlip.nn.density import Density, EdgeBasis
+from mlip.nn.gaunt_product import BracketProduct, GauntPolynomial
+from mlip.nn.layers import InvariantMLP, soft_norm
+from mlip.nn.spherical import degree_of_component
+
+
+class GauntConfig(Config):
+    """Hyperparameters of Gaunt, the important ones first."""
+
+    cutoff: float = Field(5.0, gt=0, description="neighbours up to this distance, angstrom")
+    channels: int = Field(64, ge=4, le=1024, description="C, multiplicity of every degree")
+    num_layers: int = Field(2, ge=1, le=8)
+    lmax: int = Field(3, ge=1, le=6, description="L, largest degree of the density")
+    order: int = Field(3, ge=2, le=4, description="largest power of the density")
+    message_channels: tuple[int, ...] = Field(
+        (16, 8, 4), description="channels of degree 0, 1, ... H that a neighbour sends"
+    )
+    num_basis: int = Field(8, ge=2, le=64, description="B, Bessel functions")
+    hidden: int = Field(64, ge=4, le=4096, description="width of the readouts")
+    factors: int = Field(
+        1, ge=1, le=3, description="densities with weights of their own that are multiplied"
+    )
+    antisymmetric: bool = Field(
+        False, description="add products of odd degree l1 + l2 + l3, which functions do not have"
+    )
+    avg_num_neighbors: float = Field(
+        20.0, gt=0, description="scale of sums over neighbours, from the training set"
+    )
+
+    @model_validator(mode="after")
+    def _degrees(self) -> GauntConfig:
+        if not 1 <= len(self.message_channels) <= self.lmax + 1:
+            raise ValueError(
+                f"message_channels has {len(self.message_channels)} degrees; give 1 to "
+                f"{self.lmax + 1}, for the density has lmax = {self.lmax}"
+            )
+        return self
+
+
+class Gaunt(nn.Module):
+    """The model; see the module's docstring for the equations."""
+
+    def __init__(self, config: GauntConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.embed = nn.Embedding(119, c.channels)  # one row per Z, row 0 unused
+        self.edges = EdgeBasis(c.lmax, c.num_basis, c.cutoff, c.avg_num_neighbors)
+        H = len(c.message_channels) - 1
+        self.layers = nn.ModuleList(
+            Layer(c, lmax_in=H if t else 0, lmax_out=H if t < c.num_layers - 1 else 0)
+            for t in range(c.num_layers)
+        )
+
+    @property
+    def receptive_field(self) -> float:
+        """Angstrom; no atom farther away changes an atom's energy."""
+        return self.config.num_layers * self.config.cutoff
+
+    @property
+    def exact_symmetry(self) -> bool:
+        """Rotations and reflections are exact: the grids integrate all that is on them."""
+        return True
+
+    def forward(self, graph: AtomicGraph) -> NodeOutput:
+        edges, hood = self.edges(graph.vectors, graph.edge_index, len(graph.atomic_numbers))
+        species = self.embed(graph.atomic_numbers)  # (N, C)
+        h = species[None]  # (LM, N, C), here of degree 0
+        energy = torch.zeros_like(species[:, 0])
+        for layer in self.layers:
+            m, e = layer(h, species, edges, hood.neighbors)
+            h = torch.cat([h[: len(m)] + m[: len(h)], m[len(h) :]])  # the last has scalars alone
+            energy = energy + e
+        return NodeOutput(energy=energy, features=h[0])
+
+
+class Layer(nn.Module):
+    """Density, its powers, message, readout."""
+
+    def __init__(self, c: GauntConfig, lmax_in: int, lmax_out: int) -> None:
+        super().__init__()
+        C, degrees = c.channels, c.message_channels[: lmax_in + 1]
+        self.send = nn.ModuleList(nn.Linear(C, S, bias=False) for S in degrees)
+        self.density = Density(c.lmax, c.num_basis, degrees, c.factors * C)
+        self.products = NodeProducts(c, lmax_out)
+        self.mlp = InvariantMLP(C, c.hidden, C, C)
+        self.readout = nn.Linear(C, 1, bias=False)
+        nn.init.zeros_(self.readout.weight)  # training starts from the reference energies
+
+    def forward(
+        self, h: Tensor, species: Tensor, edges: Tensor, neighbors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        messages = [
+            send(h[l * l : (l + 1) ** 2]).transpose(0, 1).flatten(1)  # (N, (2l+1) S)
+            for l, send in enumerate(self.send)
+        ]
+        A = self.density(edges, messages, neighbors)  # (LM, N, F C)
+        m = self.products(A * soft_norm(A, (0, 2))[:, None], species)  # (LM', N, C)
+        return m, self.readout(self.mlp(m[0], species)).squeeze(-1)
+
+
+class NodeProducts(nn.Module):
+    """Powers of the density, weighted for each element, order and degree, and mixed."""
+
+    degree: Tensor  # (LM',)
+
+    def __init__(self, c: GauntConfig, lmax_out: int) -> None:
+        super().__init__()
+        C, L, F = c.channels, c.lmax, c.factors
+        self.factors = F
+        self.size = (lmax_out + 1) ** 2
+        terms = [tuple(k % F for k in range(order)) for order in range(2, c.order + 1)]
+        self.powers = GauntPolynomial((L,) * F, [(lmax_out, [term]) for term in terms])
+        # Unit variance in, unit variance out: the mean square of the product over its components.
+        LM = (L + 1) ** 2
+        self.scales = [(len(term) * L + 1) / LM ** (len(term) / 2) for term in terms]
+        self.brackets = None
+        if c.antisymmetric and lmax_out > 0:
+            self.brackets = nn.ModuleList(
+                [BracketProduct((L, L), L), BracketProduct((L, L), lmax_out)]
+            )
+        num = len(terms) + (self.brackets is not None)
+        self.element = nn.Linear(C, num * (lmax_out + 1) * C, bias=False)
+        nn.init.zeros_(self.element.weight)
+        inputs = (F + num) * C
+        self.mix = nn.Parameter(torch.randn(lmax_out + 1, inputs, C) / math.sqrt(inputs))
+        self.register_buffer("degree", degree_of_component(lmax_out), persistent=False)
+
+    def forward(self, A: Tensor, species: Tensor) -> Tensor:
+        functions = A.chunk(self.factors, dim=-1)
+        found = [P * scale for P, scale in zip(self.powers(*functions), self.scales, strict=True)]
+        if self.brackets is not None:
+            first, second = self.brackets
+            u, v, w = (functions[k % self.factors] for k in range(3))
+            found.append(second(first(u, v), w) * self.scales[0] ** 2)
+        B = torch.cat(found, dim=-1)  # (LM', N, num C)
+        w = 1 + self.element(species).view(len(species), -1, B.shape[-1])  # (N, H + 1, num C)
+        B = B * w.transpose(0, 1).index_select(0, self.degree)
+        B = torch.cat([A[: self.size], B], dim=-1)
+        return torch.bmm(B, self.mix.index_select(0, self.degree))

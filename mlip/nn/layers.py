@@ -1,0 +1,31 @@
+"""Norms and networks of invariants that vanish where their input does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def soft_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Factor (N,) of an equivariant layer norm: (1 + mean x^2)^-1/2 over all but the atoms.
+
+    The one keeps it smooth and zero at zero: an atom whose last neighbour leaves fades out instead
+    of being blown up.
+    """
+    return torch.rsqrt(1 + x.square().mean(dim=dims))
+
+
+class InvariantMLP(nn.Module):
+    """Two layers without biases, gated by the species: zero in, zero out."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, species: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(inputs, hidden, bias=False)
+        self.gate = nn.Linear(species, hidden, bias=False)
+        self.second = nn.Linear(hidden, hidden, bias=False)
+        self.third = nn.Linear(hidden, outputs, bias=False)
+
+    def forward(self, q: Tensor, species: Tensor) -> Tensor:
+        h = nn.functional.silu(self.first(q)) * (1 + self.gate(species))
+        h = nn.functional.silu(self.second(h))
+        return self.third(h)
