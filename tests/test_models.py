@@ -60,6 +60,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "escaip-soft-knn": ("escaip", {**SMALL["escaip"], "graph": "soft_knn", "max_neighbors": 5}),
     "environment-local": ("environment", SMALL["environment"]),
     "transip-local": ("transip", SMALL["transip"]),
+    "escaip-local": ("escaip", {**SMALL["escaip"], "angular": "vectors", "num_layers": 1}),
 }
 WRAPPED: dict[str, dict[str, Any]] = {
     name: {"name": "frame_averaging"} for name in VARIANTS if name.endswith("-local")

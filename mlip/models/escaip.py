@@ -30,6 +30,7 @@ Cost: O(E D^2 + E K D), D the width of an edge.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -138,10 +139,19 @@ class EScAIP(nn.Module):
         """What the model reads besides the geometry."""
         return ("field",) if self.config.field == "given" else ()
 
-    def forward(self, graph: AtomicGraph) -> NodeOutput:
+    def forward(
+        self, graph: AtomicGraph, share: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> NodeOutput:
+        """Evaluate a graph.
+
+        ``share`` maps states (n, C) of the nodes (n,) before others read them; edges are then
+        reversed between the atoms that ``graph.view_of`` (N,) names.
+        """
         order, hoods = self.neighborhoods(graph)
         Z = graph.atomic_numbers
-        h, A = self.density(self.embed(Z if order is None else Z[order]), hoods)
+        nodes = torch.arange(len(Z), device=Z.device) if order is None else order
+        h, A = self.density(self.embed(Z[nodes]), hoods)
+        h = h if share is None else share(h, nodes)
         field = None
         if self.config.field is not None:
             fixed = None if self.config.field == "given" else self.config.field
@@ -149,8 +159,15 @@ class EScAIP(nn.Module):
             field = field if order is None else field[order]
         e = self.edge_input(h, A, hoods, field)
         states = [h]
-        for block in self.blocks:
-            h, e = block(h, e, hoods)
+        for number, block in enumerate(self.blocks):
+            read = e  # by the reversed edges
+            if share is not None:
+                h = share(h, nodes) if number else h
+                read = [
+                    share(part.flatten(1), nodes[hood.first : hood.last]).view_as(part)
+                    for hood, part in zip(hoods, e, strict=True)
+                ]
+            h, e = block(h, e, read, hoods)
             states.append(h)
         # An atom without neighbours has energy zero; squared, so that the last one leaves gently.
         count = torch.cat([hood.fade[:, 1:].sum(dim=1) for hood in hoods]).square()  # (N,)
@@ -253,7 +270,10 @@ def readout(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 def reversed_edges(graph: AtomicGraph) -> Tensor:
-    """(E,) for each edge i <- j the edge j <- i with the opposite shift; E where there is none."""
+    """(E,) for each edge i <- j the edge j <- i with the opposite shift; E where there is none.
+
+    Where nodes are views of atoms, i there is the node ``view_of[i]``.
+    """
     j, i = graph.edge_index
     S = graph.cell_shifts.round().long()
     E, N = len(j), len(graph.atomic_numbers)
@@ -269,7 +289,8 @@ def reversed_edges(graph: AtomicGraph) -> Tensor:
     number = (S * weights).sum(dim=1)
     offset, step = (base**3 - 1) // 2, base**3
     key = (i * N + j) * step + offset + number
-    reverse = (j * N + i) * step + offset - number
+    other = graph.view_of.index_select(0, i) if "view_of" in graph else i
+    reverse = (j * N + other) * step + offset - number
     key, edge = key.sort()
     place = torch.searchsorted(key, reverse).clamp(max=E - 1)
     return torch.where(key[place] == reverse, edge[place], E)
@@ -404,9 +425,11 @@ class Block(nn.Module):
             self.to_edge = nn.Linear(self.heads * self.width, D, bias=False)
             self.edge_mlp = mlp(D, 2 * D, D)
 
-    def forward(self, h: Tensor, e: list[Tensor], hoods: list[Hood]) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, h: Tensor, e: list[Tensor], read: list[Tensor], hoods: list[Hood]
+    ) -> tuple[Tensor, list[Tensor]]:
         center, source = self.nodes(self.norm_node(h)).chunk(2, dim=-1)  # (N, D)
-        backward = self.reverse(torch.cat([part.flatten(0, 1) for part in e]))
+        backward = self.reverse(torch.cat([part.flatten(0, 1) for part in read]))
         atoms, new = [], []
         for hood, part in zip(hoods, e, strict=True):
             x = self.norm(

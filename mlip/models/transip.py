@@ -141,15 +141,16 @@ class TransIP(nn.Module):
         return False
 
     def forward(
-        self, graph: AtomicGraph, share: Callable[[Tensor], Tensor] | None = None
+        self, graph: AtomicGraph, share: Callable[[Tensor, Tensor], Tensor] | None = None
     ) -> NodeOutput:
-        """Evaluate a graph; ``share`` maps the tokens (N, H) of a layer before neighbours read
+        """Evaluate a graph; ``share`` maps tokens (N, H) of the nodes (N,) before others read
         them."""
         edges = self.edges(graph)
+        nodes = torch.arange(len(graph.atomic_numbers), device=graph.atomic_numbers.device)
         h = self.embed(graph.atomic_numbers)
         h = nn.functional.pad(h, (0, self.config.hidden - h.shape[1]))  # (N, H)
         for number, block in enumerate(self.blocks):
-            h = block(h if share is None or number == 0 else share(h), edges)
+            h = block(h if share is None or number == 0 else share(h, nodes), edges)
         h = self.norm(h)
         scalars, vectors, tensors = self.sectors(h)
         invariants = torch.cat(

@@ -164,8 +164,8 @@ class FrameAveraging(nn.Module):
         if self.shares:
             seen = seen_by_all(graph, views)
 
-            def share(x: Tensor) -> Tensor:
-                return views.mean(x, N).index_select(0, views.atom)
+            def share(x: Tensor, nodes: Tensor) -> Tensor:
+                return views.mean(x, N, nodes).index_select(0, views.atom[nodes])
 
             return _mean(views, _without_forces(self.model(seen, share=share)), N)
         return _mean(views, self._each(graph, views), N)
@@ -248,6 +248,7 @@ def seen_by_all(graph: AtomicGraph, views: Views) -> AtomicGraph:
         edge_index=torch.stack([neighbor, views.view]),
         cell_shifts=graph.cell_shifts.index_select(0, views.edge),
         vectors=views.vectors,
+        view_of=views.atom,
     )
 
 

@@ -52,13 +52,13 @@ class Views(NamedTuple):
     view: Tensor  # (E',) in which
     vectors: Tensor  # (E', 3) as it is seen, angstrom
 
-    def mean(self, x: Tensor, num_atoms: int) -> Tensor:
-        """Weighted mean (N, ...) of what was found for the views (M, ...)."""
-        w = self.weight / self.weight.new_zeros(num_atoms).index_add(
-            0, self.atom, self.weight
-        ).index_select(0, self.atom)
+    def mean(self, x: Tensor, num_atoms: int, views: Tensor | None = None) -> Tensor:
+        """Weighted mean (N, ...) of what was found for all views (M, ...), or for some (m,)."""
+        atom = self.atom if views is None else self.atom.index_select(0, views)
+        w = self.weight if views is None else self.weight.index_select(0, views)
+        w = w / w.new_zeros(num_atoms).index_add(0, atom, w).index_select(0, atom)
         w = w.to(x.dtype).view(-1, *(1,) * (x.dim() - 1))
-        return x.new_zeros(num_atoms, *x.shape[1:]).index_add(0, self.atom, w * x)
+        return x.new_zeros(num_atoms, *x.shape[1:]).index_add(0, atom, w * x)
 
     def drawn(self, num_atoms: int) -> Views:
         """One view of each atom, drawn with the probability of its weight."""
