@@ -33,7 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
         hidden=20, num_layers=2, num_heads=2, head_width=4, edge_functions=6, latent=(2, 1)
     ),
     "ponita": dict(channels=8, message_channels=4, hidden=8, num_basis=5),
-    "ponita": dict(channels=8, message_channels=4, hidden=8, num_basis=5),
+    "ponita_published": dict(channels=6, num_layers=2, orientations=8, basis_hidden=8, widening=2),
     "environment": dict(hidden=16, edge_hidden=8, num_heads=2, num_basis=5),
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,8 +53,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "transip-irreps": ("transip", {**SMALL["transip"], "tokens": "irreps"}),
     "escaip-vectors": ("escaip", {**SMALL["escaip"], "angular": "vectors", "num_layers": 1}),
-    "ponita-gelu": ("ponita", {**SMALL["ponita"], "orientations": 12, "pointwise": "gelu"}),
-    "ponita-positions": ("ponita", {**SMALL["ponita"], "orientations": 0}),
     "ponita-gelu": ("ponita", {**SMALL["ponita"], "orientations": 12, "pointwise": "gelu"}),
     "ponita-positions": ("ponita", {**SMALL["ponita"], "orientations": 0}),
     "escaip-soft-knn": ("escaip", {**SMALL["escaip"], "graph": "soft_knn", "max_neighbors": 5}),

@@ -78,10 +78,10 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "medium": {"channels": 64, "message_channels": 16, "hidden": 64},
         "large": {"channels": 128, "message_channels": 32, "hidden": 128, "num_layers": 3},
     },
-    "ponita": {
-        "small": {"channels": 32, "message_channels": 8, "hidden": 32},
-        "medium": {"channels": 64, "message_channels": 16, "hidden": 64},
-        "large": {"channels": 128, "message_channels": 32, "hidden": 128, "num_layers": 3},
+    "ponita_published": {
+        "small": {"channels": 32, "num_layers": 2, "basis_hidden": 64},
+        "medium": {"channels": 64, "num_layers": 3, "basis_hidden": 128},
+        "large": {"channels": 128, "num_layers": 5, "basis_hidden": 256},
     },
     "environment": {
         "small": {"hidden": 64, "edge_hidden": 32, "num_rounds": 2},

@@ -16,7 +16,7 @@ from mlip.models.escaip import EScAIP, EScAIPConfig
 from mlip.models.facet import Facet, FacetConfig
 from mlip.models.gaunt import Gaunt, GauntConfig
 from mlip.models.ponita import Ponita, PonitaConfig
-from mlip.models.ponita import Ponita, PonitaConfig
+from mlip.models.ponita_published import PonitaPublished, PonitaPublishedConfig
 from mlip.models.transip import TransIP, TransIPConfig
 
 MODELS: dict[str, tuple[type[nn.Module], type[Config]]] = {
@@ -25,7 +25,7 @@ MODELS: dict[str, tuple[type[nn.Module], type[Config]]] = {
     "transip": (TransIP, TransIPConfig),
     "gaunt": (Gaunt, GauntConfig),
     "ponita": (Ponita, PonitaConfig),
-    "ponita": (Ponita, PonitaConfig),
+    "ponita_published": (PonitaPublished, PonitaPublishedConfig),
     "environment": (Environment, EnvironmentConfig),
 }
 
