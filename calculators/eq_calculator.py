@@ -288,7 +288,7 @@ class EqCalculator(Calculator):
         atoms = self._given(atoms)
         with self._lock:
             with shielded(self.device):
-                graphs = {c: [graph] for c, graph in self._checked_graphs(atoms).items()}
+                graphs = {c: [graph] for c, graph in self.checked_graphs(atoms).items()}
                 outputs = [output for output, _ in self._call(graphs, stress=False)]
         if any("features" not in output for output in outputs):
             raise PropertyNotImplementedError("this model has no descriptors")
@@ -316,7 +316,7 @@ class EqCalculator(Calculator):
         model's units."""
         pairs = []
         with shielded(self.device):
-            graphs = self._checked_graphs(atoms)
+            graphs = self.checked_graphs(atoms)
             for potential in self.potentials:
                 # In training mode a potential keeps the graph of its forces; its parts stay in
                 # evaluation mode.
@@ -364,7 +364,7 @@ class EqCalculator(Calculator):
         for potential in self.potentials:
             yield with_spread(potential, batches[potential.cutoff], stress), potential
 
-    def _checked_graphs(self, atoms: Atoms) -> dict[float, AtomicGraph]:
+    def checked_graphs(self, atoms: Atoms) -> dict[float, AtomicGraph]:
         """The structure within each cutoff; ValueError if it is none."""
         check_structure(atoms, self._known)
         return {cutoff: self._graph(atoms, cutoff) for cutoff in self._caches}
@@ -386,7 +386,7 @@ class EqCalculator(Calculator):
         with shielded(self.device):
             for k, (atoms, calculator) in enumerate(zip(frames, calculators, strict=True)):
                 try:
-                    of_frame = calculator._checked_graphs(atoms)
+                    of_frame = calculator.checked_graphs(atoms)
                 except ValueError as problem:
                     answers[k] = problem
                     continue

@@ -21,7 +21,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from mlip.calculators.bench import Timing, bench, largest_system
 from mlip.calculators.dynamics import MDResult, run_md
+from mlip.calculators.eq_calculator import EqCalculator
 from mlip.calculators.relaxation import RelaxResult, last_frame, relax_many
 from mlip.data.export import require_writable
 
@@ -29,7 +31,7 @@ from mlip.data.export import require_writable
 def relax_and_report(
     structures: Sequence[str], model: Any, *, out: str | None = None, **settings: Any
 ) -> bool:
-    """``relax_many``, a table of the results, and the structures in ``out``; whether all converged."""
+    """``relax_many``, a table of the results, the structures in ``out``; whether all converged."""
     if out is not None:
         require_writable(Path(out))  # an ending or folder that is wrong must not cost the work
     console = _console()
@@ -143,3 +145,40 @@ def md_and_report(
             console.print(f"  {label:<18} {values.mean():12.4f} +- {values.std():.4f} {unit}")
     console.print(f"frames in {trajectory}, log in {log}", markup=False, soft_wrap=True)
     return result
+
+
+def bench_and_report(
+    model: str,
+    structure: str | None = None,
+    *,
+    timestep: float = 1.0,
+    max_atoms: int = 4096,
+    **settings: Any,
+) -> None:
+    """``bench`` as a table, and the largest system that fits."""
+    console = _console()
+    calculator = EqCalculator(model, **settings)
+    atoms = None if structure is None else last_frame(structure)
+    with Progress(TextColumn("{task.description}"), console=console, transient=True) as progress:
+        task = progress.add_task("timing", total=None)
+
+        def show(timing: Timing) -> None:
+            progress.update(task, description=f"timed {timing.num_atoms} atoms")
+
+        timings = bench(calculator, atoms, max_atoms=max_atoms, on_timing=show)
+    table = Table(title=f"energy, forces and stress on {calculator.device}, {calculator.dtype}")
+    table.add_column("structure")
+    for column in (
+        "atoms", "edges", "ms/step", "atoms/s", f"ns/day at {timestep:g} fs",
+        "outside the model", "peak MiB",
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+    for t in timings:
+        table.add_row(
+            t.name, f"{t.num_atoms}", f"{t.num_edges}", f"{t.milliseconds:.3g}",
+            f"{t.atoms_per_second:,.0f}", f"{t.nanoseconds_per_day(timestep):.3g}",
+            f"{t.neighbors:.0%}", f"{t.peak:.3g}",
+        )  # fmt: skip
+    console.print(table)
+    if (fits := largest_system(timings, calculator.device)) is not None:
+        console.print(f"about {fits:,} atoms fit into the free memory")

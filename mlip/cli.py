@@ -201,6 +201,41 @@ def relax(
 
 
 @app.command()
+def bench(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model file, or name of a shipped model.")
+    ],
+    structure: Annotated[
+        str | None,
+        typer.Argument(metavar="[STRUCTURE]", help="File; it and its supercells are timed."),
+    ] = None,
+    timestep: Annotated[float, typer.Option(help="fs, of the molecular dynamics.")] = 1.0,
+    max_atoms: Annotated[int, typer.Option(help="Try no larger structure.")] = 4096,
+    device: Device = "auto",
+    dtype: Dtype = "",
+    symmetrize: Symmetrize = None,
+) -> None:
+    """Time a model on this machine: ms/step, atoms/s, ns/day, memory, the largest system that fits.
+
+    \b
+    Examples:
+      mlip bench silicon
+      mlip bench model.safetensors slab.cif --dtype float32 --timestep 2
+    """
+    from mlip.calculators.reports import bench_and_report
+
+    bench_and_report(
+        model,
+        structure,
+        timestep=timestep,
+        max_atoms=max_atoms,
+        device=device,
+        dtype=dtype,
+        symmetrize=symmetrize,
+    )
+
+
+@app.command()
 def md(
     structure: Annotated[
         str, typer.Argument(metavar="STRUCTURE", help="File; its last frame is the start.")
