@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "facet": dict(channels=12, lmax=2, num_basis=5, hidden=16, message_channels=(6, 4)),
     "escaip": dict(hidden=12, node_hidden=16, num_heads=2, angular_channels=(3, 2, 1), num_basis=5),
     "gaunt": dict(channels=8, lmax=2, num_basis=5, hidden=12, message_channels=(5, 3)),
+    "mace": dict(channels=4, radial_hidden=(8,), elements=(1, 6, 7, 8, 11, 14, 17, 29)),
     "transip": dict(
         hidden=20, num_layers=2, num_heads=2, head_width=4, edge_functions=6, latent=(2, 1)
     ),
@@ -50,6 +51,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gaunt-deep": (
         "gaunt",
         {**SMALL["gaunt"], "num_layers": 3, "factors": 3, "antisymmetric": True},
+    ),
+    "mace-scalar": (
+        "mace",
+        {**SMALL["mace"], "lmax": 0, "correlation": 2, "max_ell": 2, "reduced": True},
+    ),
+    "mace-nequip": (
+        "mace",
+        {**SMALL["mace"], "lmax": 2, "max_ell": 2, "correlation": 1, "gate": True},
     ),
     "transip-irreps": ("transip", {**SMALL["transip"], "tokens": "irreps"}),
     "escaip-vectors": ("escaip", {**SMALL["escaip"], "angular": "vectors", "num_layers": 1}),

@@ -198,9 +198,12 @@ def make_potential(config: TrainConfig, data: RunData) -> tuple[TrainConfig, Pot
     s = data.statistics
     torch.manual_seed(config.seed)
     own = hyperparameters(config, avg_num_neighbors=max(s.avg_num_neighbors, 1.0))
-    if "avg_num_neighbors" in own:
-        section = config.model.model_copy(update={"avg_num_neighbors": own["avg_num_neighbors"]})
-        config = config.model_copy(update={"model": section})
+    if own.get("elements", ()) is None:
+        own["elements"] = tuple(s.elements)
+    known: dict[str, Any] = {
+        key: own[key] for key in ("avg_num_neighbors", "elements") if key in own
+    }
+    config = config.model_copy(update={"model": config.model.model_copy(update=known)})
     scale = next(x for x in (s.rms_force, s.energy_std, 1.0) if math.isfinite(x) and x > 0)
     attributes = data.train.file.attributes
     metadata: dict[str, Any] = {

@@ -14,6 +14,7 @@ from mlip.config import Config, parse
 from mlip.models.environment import Environment, EnvironmentConfig
 from mlip.models.escaip import EScAIP, EScAIPConfig
 from mlip.models.facet import Facet, FacetConfig
+from mlip.models.mace import MACE, MACEConfig
 from mlip.models.gaunt import Gaunt, GauntConfig
 from mlip.models.ponita import Ponita, PonitaConfig
 from mlip.models.ponita_published import PonitaPublished, PonitaPublishedConfig
@@ -23,6 +24,7 @@ MODELS: dict[str, tuple[type[nn.Module], type[Config]]] = {
     "facet": (Facet, FacetConfig),
     "escaip": (EScAIP, EScAIPConfig),
     "transip": (TransIP, TransIPConfig),
+    "mace": (MACE, MACEConfig),
     "gaunt": (Gaunt, GauntConfig),
     "ponita": (Ponita, PonitaConfig),
     "ponita_published": (PonitaPublished, PonitaPublishedConfig),

@@ -1,0 +1,382 @@
+"""MACE: messages coupled by Clebsch-Gordan products, symmetric contraction of the density.
+
+Features h_i are O(3) irreps of natural parity, h[lm, i, c], l <= lmax, equal multiplicities.  One
+layer, in the symbols of Batatia et al. 2022, "MACE" (arXiv:2206.07697), eqs. 7-14:
+
+    R_j[p, c]    = MLP( B(r_ij) f(r_ij) )                       one weight per path p = (l1 l2 -> l)
+    A_i[lm, c]   = W sum_p n^-1 sum_j R_j[p, c] ( Y_l2(r_ij) x (W h_j)_l1 )[lm, c]      density
+    m_i[LM, c]   = sum_nu sum_k W[z_i, k, c] U_k ( A_i x ... x A_i )          nu = 1 ... correlation
+    h_i          <- W m_i + W[z_i] h_i,                         E_i <- E_i + readout(h_i[0])
+
+Weights, initialisation and normalisation are those of ScaleShiftMACE of mace-torch with its
+residual interaction block, so weights of one give the same energies in the other
+(``benchmarks/mace_reference.py``).  With ``correlation=1`` and ``gate=True`` it is in essence
+NequIP (Batzner et al. 2022, doi:10.1038/s41467-022-29939-5).
+
+Sums over neighbours are batched matrix products per atom and path: Y is coupled to each direction
+of the neighbour's feature before channels enter.
+
+Symmetry: O(3), translations and permutations exactly, parity included.
+Cost: O(E P C (2 lmax + 1)) + O(N C nnz(U)); the first term counts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mlip.config import Config
+from mlip.data.graph import AtomicGraph, NodeOutput
+from mlip.nn.constant import Constant
+from mlip.nn.neighborhoods import gather_neighborhoods
+from mlip.nn.radial import bessel, polynomial_envelope
+from mlip.nn.spherical import SphericalHarmonics, clebsch_gordan, degree_of_component
+from mlip.nn.symmetric_contraction import SymmetricContraction
+
+# E[silu(z)^2]^(-1/2) for normal z as e3nn estimates it (1.6765 to four digits), so that weights
+# mean the same in both packages.
+SILU_GAIN = 1.6791767923989418
+
+
+class MACEConfig(Config):
+    """Hyperparameters of MACE, the important ones first."""
+
+    cutoff: float = Field(5.0, gt=0, description="neighbours up to this distance, angstrom")
+    channels: int = Field(128, ge=1, le=1024, description="multiplicity of every degree")
+    lmax: int = Field(1, ge=0, le=3, description="largest degree of the features (max_L)")
+    num_layers: int = Field(2, ge=1, le=8)
+    correlation: int = Field(3, ge=1, le=3, description="neighbours whose product is taken")
+    max_ell: int = Field(3, ge=1, le=4, description="largest degree of the harmonics")
+    num_basis: int = Field(8, ge=1, le=64, description="Bessel functions")
+    envelope_power: int = Field(5, ge=2, le=20, description="p of the polynomial envelope")
+    radial_hidden: tuple[int, ...] = Field((64, 64, 64), description="widths of the radial network")
+    readout_hidden: int = Field(16, ge=1, le=1024, description="width of the last readout")
+    gate: bool = Field(False, description="NequIP's gate after each layer")
+    reduced: bool = Field(
+        False, description="linearly independent products only; fewer weights, same functions"
+    )
+    elements: tuple[int, ...] | None = Field(
+        None, description="atomic numbers that have weights; null: of the training set, else all"
+    )
+    isolated: Literal["zero", "learned"] = Field(
+        "zero", description="energy of an isolated atom: exactly its reference, or as published"
+    )
+    avg_num_neighbors: float = Field(
+        20.0, gt=0, description="scale of sums over neighbours, from the training set"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _irreps(cls, values: Any) -> Any:
+        """MACE's ``hidden_irreps: 64x0e + 64x1o`` is ``channels: 64, lmax: 1``."""
+        if not isinstance(values, dict) or values.get("hidden_irreps") is None:
+            return values
+        values = dict(values)
+        text = str(values.pop("hidden_irreps")).replace(" ", "")
+        found = re.fullmatch(r"(\d+)x0e((?:\+\1x\d[eo])*)", text)
+        degrees = re.findall(r"x(\d[eo])", text)
+        if not found or degrees != [f"{l}{'eo'[l % 2]}" for l in range(len(degrees))]:
+            raise ValueError(
+                f"hidden_irreps must be like 64x0e + 64x1o + 64x2e, equal numbers and natural "
+                f"parity, got '{text}'"
+            )
+        return {**values, "channels": int(found[1]), "lmax": len(degrees) - 1}
+
+    @model_validator(mode="after")
+    def _known_elements(self) -> MACEConfig:
+        if self.elements is not None:
+            if not self.elements or any(not 1 <= z <= 118 for z in self.elements):
+                raise ValueError("elements are atomic numbers from 1 to 118")
+            if list(self.elements) != sorted(set(self.elements)):
+                raise ValueError("elements must be ascending, each once")
+        return self
+
+
+class Species(NamedTuple):
+    """Atoms sorted by element."""
+
+    order: Tensor | None  # (N,) None: they are sorted
+    element: Tensor  # (N,) place in ``config.elements``
+    present: Tensor  # (M,) the elements that occur
+    sizes: list[int]  # (M,) their numbers of atoms
+
+
+class Edges(NamedTuple):
+    """Neighbourhoods with what all layers share."""
+
+    Y: Tensor  # (N, K, LM)
+    radial: Tensor  # (N, K, B)
+    neighbors: Tensor  # (N K,)
+
+
+class MACE(nn.Module):
+    """The model; see the module's docstring for the equations."""
+
+    place: Tensor  # (119,) of each element in ``config.elements``, -1 where it has no weights
+
+    def __init__(self, config: MACEConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        elements = c.elements or tuple(range(1, 119))
+        Z = len(elements)
+        place = torch.full((119,), -1)
+        place[list(elements)] = torch.arange(Z)
+        self.register_buffer("place", place, persistent=False)
+        self.embed = nn.Parameter(torch.randn(Z, c.channels))
+        self.harmonics = SphericalHarmonics(c.max_ell)
+        degrees = [0, *[c.lmax] * (c.num_layers - 1), 0]
+        self.layers = nn.ModuleList(
+            Layer(c, Z, lmax_in, lmax_out) for lmax_in, lmax_out in pairwise(degrees)
+        )
+        self.readouts = nn.ModuleList(ScaledLinear(c.channels, 1) for _ in range(c.num_layers - 1))
+        self.readouts.append(ScaledMLP((c.channels, c.readout_hidden, 1)))
+
+    @property
+    def receptive_field(self) -> float:
+        """Angstrom; no atom farther away changes an atom's energy."""
+        return self.config.num_layers * self.config.cutoff
+
+    @property
+    def exact_symmetry(self) -> bool:
+        """Rotations and reflections are exact."""
+        return True
+
+    def forward(self, graph: AtomicGraph) -> NodeOutput:
+        species = self.sort_by_element(graph.atomic_numbers)
+        edges = self.edges(graph, species.order)
+        embed = self.embed / math.sqrt(len(self.embed))
+        h = embed.index_select(0, species.element)[None]  # (1, N, C)
+        energy, features = torch.zeros_like(h[0, :, 0]), []
+        for layer, readout in zip(self.layers, self.readouts, strict=True):
+            h = layer(h, edges, species)
+            energy = energy + readout(h[0]).squeeze(-1)
+            features.append(h[0])
+        if self.config.isolated == "zero":
+            alone = self.isolated_energy(embed.index_select(0, species.present), species)
+            energy = energy - alone.repeat_interleave(torch.tensor(species.sizes).to(alone.device))
+        out, invariants = energy, torch.cat(features, dim=-1)
+        if species.order is not None:
+            back = torch.argsort(species.order)
+            out, invariants = out.index_select(0, back), invariants.index_select(0, back)
+        return NodeOutput(energy=out, features=invariants)
+
+    def isolated_energy(self, h: Tensor, species: Species) -> Tensor:
+        """(M,) energies that the readouts give to an atom of each element without neighbours."""
+        one_each = species._replace(sizes=[1] * len(species.sizes))
+        h, energy = h[None], torch.zeros_like(h[:, 0])
+        for layer, readout in zip(self.layers, self.readouts, strict=True):
+            h = cast(Layer, layer).without_neighbors(h, one_each)
+            energy = energy + readout(h[0]).squeeze(-1)
+        return energy
+
+    def sort_by_element(self, atomic_numbers: Tensor) -> Species:
+        """Order in which the weights of each element meet a run of atoms."""
+        element = self.place.index_select(0, atomic_numbers)
+        counts = torch.bincount(element + 1, minlength=len(self.embed) + 1).tolist()
+        if counts[0]:
+            odd = sorted(set(atomic_numbers[element < 0].tolist()))
+            raise ValueError(f"the model has no weights for the atomic numbers {odd}")
+        present = [k for k, n in enumerate(counts[1:]) if n]
+        order = None
+        if len(present) > 1:
+            order = torch.argsort(element, stable=True)
+            element = element.index_select(0, order)
+        sizes = [counts[k + 1] for k in present]
+        return Species(order, element, torch.tensor(present, device=element.device), sizes)
+
+    def edges(self, graph: AtomicGraph, order: Tensor | None) -> Edges:
+        """Harmonics and radial functions of all neighbourhoods."""
+        c, N = self.config, len(graph.atomic_numbers)
+        hood = gather_neighborhoods(graph.vectors, graph.edge_index, N, c.cutoff)
+        vectors, neighbors = hood.vectors, hood.neighbors
+        if order is not None:
+            rank = torch.argsort(order)
+            vectors = vectors.index_select(0, order)
+            neighbors = rank.index_select(0, neighbors).view(N, -1).index_select(0, order).flatten()
+        r = vectors.norm(dim=-1, keepdim=True)  # (N, K, 1)
+        x = r[..., 0] / c.cutoff
+        fade = polynomial_envelope(x, c.envelope_power) * c.cutoff**-1.5
+        radial = bessel(x, c.num_basis) * fade[..., None]
+        return Edges(self.harmonics(vectors / r), radial, neighbors)
+
+
+class Layer(nn.Module):
+    """Density, symmetric contraction, update."""
+
+    def __init__(self, c: MACEConfig, num_elements: int, lmax_in: int, lmax_out: int) -> None:
+        super().__init__()
+        C = c.channels
+        # Without products of densities, nobody reads the degrees that the output does not have.
+        density = lmax_out if c.correlation == 1 else c.max_ell
+        self.convolution = Convolution(c, lmax_in, density)
+        self.contraction = SymmetricContraction(
+            density, lmax_out, c.correlation, C, num_elements, reduced=c.reduced
+        )
+        self.update = DegreeLinear(lmax_out, C)
+        self.skip = SpeciesLinear(min(lmax_in, lmax_out), C, num_elements)
+        self.gate = Gate(lmax_out, C) if c.gate else nn.Identity()
+
+    def forward(self, h: Tensor, edges: Edges, species: Species) -> Tensor:
+        """(LM_in, N, C) -> (LM_out, N, C)."""
+        A = self.convolution(h, edges)  # (LM, N, C)
+        m = self.contraction(A, species.present, species.sizes)  # (LM_out, N, C)
+        return self.gate(add_lowest(self.update(m), self.skip(h, species)))
+
+    def without_neighbors(self, h: Tensor, species: Species) -> Tensor:
+        """The same where the density is zero; scalars (1, N, C) -> (1, N, C)."""
+        return self.gate(self.skip(h, species)[:1])
+
+
+def add_lowest(a: Tensor, b: Tensor) -> Tensor:
+    """a + b, where b has only the lowest degrees."""
+    return a + (b if len(b) == len(a) else nn.functional.pad(b, (0, 0, 0, 0, 0, len(a) - len(b))))
+
+
+class Convolution(nn.Module):
+    """Sum over neighbours of R (Y x h), coupled to each degree up to ``lmax`` and mixed."""
+
+    def __init__(self, c: MACEConfig, lmax_in: int, lmax: int) -> None:
+        super().__init__()
+        C = c.channels
+        self.avg_num_neighbors = c.avg_num_neighbors
+        self.up = DegreeLinear(lmax_in, C)
+        # (l1, l2, l) of natural parity, by l; the order of the radial weights.
+        self.paths = [
+            (l1, l2, l)
+            for l in range(lmax + 1)
+            for l1 in range(lmax_in + 1)
+            for l2 in range(abs(l - l1), min(l + l1, c.max_ell) + 1)
+            if (l1 + l2 + l) % 2 == 0
+        ]
+        self.radial = ScaledMLP((c.num_basis, *c.radial_hidden, len(self.paths) * C))
+        self.mix = nn.ParameterList(
+            nn.Parameter(torch.randn(sum(path[2] == l for path in self.paths) * C, C))
+            for l in range(lmax + 1)
+        )
+        self.couplings = Constant(self._couplings(c.max_ell))
+
+    def _couplings(self, max_ell: int) -> Tensor:
+        """(LM, columns): Y -> Q_p[m, m1] = sum_m2 CG Y_l2m2 of all paths with l1 > 0."""
+        columns = [torch.zeros((max_ell + 1) ** 2, 0, dtype=torch.float64)]
+        for l1, l2, l in self.paths:
+            if l1 > 0:
+                block = torch.zeros((max_ell + 1) ** 2, (2 * l + 1) * (2 * l1 + 1)).double()
+                CG = clebsch_gordan(l1, l2, l) * math.sqrt(2 * l + 1)
+                block[l2 * l2 : (l2 + 1) ** 2] = CG.permute(1, 2, 0).flatten(1)
+                columns.append(block)
+        return torch.cat(columns, dim=1)
+
+    def forward(self, h: Tensor, edges: Edges) -> Tensor:
+        (N, K, _), C = edges.Y.shape, h.shape[-1]
+        R = self.radial(edges.radial).view(N, K, -1, C)  # (N, K, P, C)
+        u = self.up(h).transpose(0, 1)  # (N, LM_in, C)
+        u = u.flatten(1).index_select(0, edges.neighbors).view(N, K, -1, C)
+        Y = edges.Y.mT  # (N, LM, K)
+        Q = (edges.Y @ self.couplings()).mT  # (N, columns, K)
+        sums: list[list[Tensor]] = [[] for _ in self.mix]
+        column = 0
+        for p, (l1, _, l) in enumerate(self.paths):
+            n = 2 * l1 + 1
+            if l1 == 0:  # the coupling is the identity
+                left = Y[:, l * l : (l + 1) ** 2]
+            else:
+                left = Q[:, column : column + (2 * l + 1) * n].unflatten(1, (2 * l + 1, n))
+                left = left.transpose(2, 3).flatten(2)  # (N, 2l+1, K n)
+                column += (2 * l + 1) * n
+            right = R[:, :, p, None] * u[:, :, l1 * l1 : (l1 + 1) ** 2]  # (N, K, n, C)
+            sums[l].append(torch.bmm(left, right.flatten(1, 2)))  # (N, 2l+1, C)
+        A = []
+        for parts, W in zip(sums, self.mix, strict=True):
+            scale = 1 / (self.avg_num_neighbors * math.sqrt(len(W)))
+            A.append(torch.cat(parts, dim=-1) @ (W * scale))
+        return torch.cat(A, dim=1).transpose(0, 1)  # (LM, N, C)
+
+
+class DegreeLinear(nn.Module):
+    """Mix channels within each degree: (LM, N, C) -> (LM, N, C)."""
+
+    degree: Tensor  # (LM,)
+
+    def __init__(self, lmax: int, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(lmax + 1, channels, channels))
+        self.register_buffer("degree", degree_of_component(lmax), persistent=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        W = self.weight / math.sqrt(h.shape[-1])
+        return torch.bmm(h, W.index_select(0, self.degree))
+
+
+class SpeciesLinear(nn.Module):
+    """The same with weights of each atom's element; degrees above ``lmax`` are left out."""
+
+    degree: Tensor  # (LM,)
+
+    def __init__(self, lmax: int, channels: int, num_elements: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_elements, lmax + 1, channels, channels))
+        self.scale = 1 / math.sqrt(num_elements * channels)
+        self.register_buffer("degree", degree_of_component(lmax), persistent=False)
+
+    def forward(self, h: Tensor, species: Species) -> Tensor:
+        W = self.weight.index_select(0, species.present) * self.scale
+        parts = h[: len(self.degree)].split(species.sizes, dim=1)
+        mixed = [
+            torch.bmm(part, w.index_select(0, self.degree))
+            for part, w in zip(parts, W, strict=True)
+        ]
+        return torch.cat(mixed, dim=1)
+
+
+class ScaledLinear(nn.Module):
+    """x W / sqrt(inputs) with normal weights: unit variance in, unit variance out."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight / math.sqrt(len(self.weight)))
+
+
+class ScaledMLP(nn.Sequential):
+    """Such layers with normalised SiLU between them, without biases: zero in, zero out."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise(widths):
+            layers += [ScaledLinear(inputs, outputs), ScaledSiLU()]
+        super().__init__(*layers[:-1])
+
+
+class ScaledSiLU(nn.Module):
+    """SiLU, for normal inputs of mean square one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.silu(x) * SILU_GAIN
+
+
+class Gate(nn.Module):
+    """SiLU of scalars; higher degrees times SiLU of linear gates of the scalars."""
+
+    def __init__(self, lmax: int, channels: int) -> None:
+        super().__init__()
+        self.gates = ScaledLinear(channels, lmax * channels)
+        self.lmax = lmax
+
+    def forward(self, h: Tensor) -> Tensor:
+        scalars = nn.functional.silu(h[:1]) * SILU_GAIN
+        if len(h) == 1:
+            return scalars
+        gates = nn.functional.silu(self.gates(h[0])) * SILU_GAIN
+        out = [scalars]
+        for l, gate in enumerate(gates.chunk(self.lmax, dim=-1), start=1):
+            out.append(h[l * l : (l + 1) ** 2] * gate)
+        return torch.cat(out)
