@@ -14,8 +14,8 @@ from mlip.config import Config, parse
 from mlip.models.environment import Environment, EnvironmentConfig
 from mlip.models.escaip import EScAIP, EScAIPConfig
 from mlip.models.facet import Facet, FacetConfig
-from mlip.models.mace import MACE, MACEConfig
 from mlip.models.gaunt import Gaunt, GauntConfig
+from mlip.models.mace import MACE, MACEConfig
 from mlip.models.ponita import Ponita, PonitaConfig
 from mlip.models.ponita_published import PonitaPublished, PonitaPublishedConfig
 from mlip.models.transip import TransIP, TransIPConfig
@@ -24,8 +24,8 @@ MODELS: dict[str, tuple[type[nn.Module], type[Config]]] = {
     "facet": (Facet, FacetConfig),
     "escaip": (EScAIP, EScAIPConfig),
     "transip": (TransIP, TransIPConfig),
-    "mace": (MACE, MACEConfig),
     "gaunt": (Gaunt, GauntConfig),
+    "mace": (MACE, MACEConfig),
     "ponita": (Ponita, PonitaConfig),
     "ponita_published": (PonitaPublished, PonitaPublishedConfig),
     "environment": (Environment, EnvironmentConfig),
