@@ -440,6 +440,10 @@ def main() -> None:
 
     With MLIP_DEBUG=1 in the environment the traceback is shown.
     """
+    if os.environ.get("MLIP_ALLOCATOR") != "default":
+        from mlip.allocator import tune_allocator
+
+        tune_allocator()
     try:
         app(prog_name="mlip")
     except BrokenPipeError:  # `mlip info FILE | head`: the reader has gone

@@ -25,6 +25,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "mlip": (set(), set()),
     "mlip.__main__": ({"mlip.cli"}, set()),
     "mlip.config": (set(), {"pydantic", "yaml"}),
+    "mlip.allocator": (set(), set()),
     "mlip.nn": ({"mlip.nn"}, {"e3nn"}),
     "mlip.nn.zbl": ({"mlip.nn"}, {"ase.data", "ase.units"}),
     "mlip.nn.cohesion": ({"mlip.nn"}, {"ase.data"}),
@@ -58,7 +59,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "mlip.training": (
         {"mlip.training", "mlip.evaluation", "mlip.checkpoint", "mlip.potential", "mlip.data"}
-        | {"mlip.models", "mlip.wrappers", "mlip.nn", "mlip.config", "mlip.pretrained"},
+        | {"mlip.models", "mlip.wrappers", "mlip.nn", "mlip.config", "mlip.pretrained"}
+        | {"mlip.allocator"},
         {"ase", "h5py", "matplotlib", "pydantic", "rich", "yaml", "torch_geometric", "tensorboard"}
         | {"wandb", "e3nn"},
     ),
@@ -70,7 +72,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "mlip.cli": ({"mlip"}, {"typer", "rich", "ase"}),
 }
 LIGHT = {"mlip", "mlip.__main__", "mlip.cli", "mlip.config", "mlip.pretrained"}
-LIGHT |= {"mlip.modelcard", "mlip.tensorfile"}  # these are imported without torch
+LIGHT |= {"mlip.modelcard", "mlip.tensorfile", "mlip.allocator"}  # these are imported without torch
 ALWAYS = {*sys.stdlib_module_names, "numpy", "torch"}
 
 

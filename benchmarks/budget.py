@@ -1,0 +1,146 @@
+"""What a step must cost on this machine, and how far each model is from it.
+
+    python benchmarks/budget.py facet:small facet escaip transip --threads 1
+
+For energy, forces and stress of Si 216 in float32 it counts the operations of matrix products and
+the bytes that all operations read and write, and measures the machine: products of 512 x 512
+matrices, and a pass over an array that stays in cache and over one that does not.  The floor is
+
+    products / rate  +  compulsory bytes / bandwidth of memory,
+
+compulsory: edges in, forces out, features of neighbours gathered in each layer.  That is what a
+program would need that fuses all but the products.  Times are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase.build import bulk
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from mlip.allocator import tune_allocator
+from mlip.data.graph import AtomicGraph
+from mlip.models import build
+from mlip.potential import Potential
+from mlip.training.config import SIZES
+
+KINDS = {
+    "products": ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear"),
+    "gathers and sums": (
+        "index_select",
+        "index_add",
+        "index",
+        "gather",
+        "scatter_add",
+        "index_put",
+    ),
+}
+VIEWS = ("view", "expand", "permute", "transpose", "t", "slice", "split", "unsqueeze",
+         "squeeze",
+         "select", "detach", "alias", "_unsafe_view", "as_strided", "unbind", "lift_fresh",
+         "split_with_sizes", "_reshape_alias")  # fmt: skip
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that operations read and write, and their number, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0]
+        if name not in VIEWS:
+            kind = next((k for k, names in KINDS.items() if name in names), "element by element")
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+            self.bytes[kind] += sum(x.numel() * x.element_size() for x in tensors)
+            self.calls[kind] += 1
+        return out
+
+
+def seconds(run: Callable[[], Any], least: float = 1.0) -> float:
+    run()
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < least:
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def machine() -> dict[str, float]:
+    a, b, c = (torch.randn(512, 512) for _ in range(3))
+    rates = {"Gflop/s": 2e-9 * 512**3 / seconds(lambda: torch.mm(a, b, out=c))}
+    for name, n in (("cache GB/s", 1 << 16), ("memory GB/s", 1 << 26)):
+        x, y = torch.randn(n), torch.empty(n)
+        rates[name] = 1e-9 * 8 * n / seconds(lambda x=x, y=y: torch.mul(x, 2.0, out=y))
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", default=["facet:small", "facet"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "budget.json"
+    )
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    tune_allocator()
+    rates = machine()
+    print(json.dumps(rates))
+    atoms = bulk("Si", cubic=True) * (3, 3, 3)
+    atoms.rattle(0.05, seed=0)
+    graph = AtomicGraph.from_atoms(atoms, 5.0)
+    N, E = len(atoms), graph.edge_index.shape[1]
+    rows = {}
+    for name in a.models:
+        kind, _, size = name.partition(":")
+        hyperparameters = {"cutoff": 5.0, **SIZES[kind][size or "medium"]}
+        potential = Potential(build(kind, **hyperparameters), torch.zeros(119)).float().eval()
+        with FlopCounterMode(display=False) as flops:
+            potential(graph, stress=True)
+        with Traffic() as traffic:
+            potential(graph, stress=True)
+        # Vectors and their gradient in float64, once; features of neighbours once in each layer
+        # and direction, as wide as what a neighbour sends.
+        layers = hyperparameters.get("num_layers", 2)
+        sent = hyperparameters.get("message_channels")
+        width = (
+            sum((2 * l + 1) * S for l, S in enumerate(sent)) if sent else hyperparameters["hidden"]
+        )
+        compulsory = 2 * 24 * E + 2 * layers * 4 * width * E
+        floor = flops.get_total_flops() / rates["Gflop/s"] + compulsory / rates["memory GB/s"]
+        measured = seconds(lambda potential=potential: potential(graph, stress=True), 3.0)
+        rows[name] = {
+            "Mflop_per_atom": flops.get_total_flops() / N / 1e6,
+            "kB_per_atom": {k: v / N / 1e3 for k, v in traffic.bytes.items()},
+            "operations": dict(traffic.calls),
+            "floor_ms": floor * 1e-6,
+            "measured_ms": measured * 1e3,
+            "times_the_floor": measured * 1e9 / floor,
+        }
+        print(name, json.dumps(rows[name]), flush=True)
+    a.out.write_text(
+        json.dumps({"threads": a.threads, "machine": rates, "Si216": rows}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
