@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -183,17 +183,60 @@ class Kernels(nn.Module):
         l = degree_of_component(lmax)
         # Component normalisation: mean square one for each kernel.
         self.Y = Constant(Y / (2 * l + 1).double().sqrt())
-        self.lmax = lmax
 
     def forward(self, edges: Tensor) -> Tensor:
         Y = self.Y()
-        edges = edges.transpose(0, 1)  # (LM, N, B, J)
-        shape = (len(Y), *edges.shape[1:])
-        parts = []
-        for l in range(self.lmax + 1):
+        rows = edges[:, : Y.shape[1]].transpose(0, 1).contiguous()  # (LM, N, B, J)
+        return _Spread.apply(rows, Y).flatten(0, 1)
+
+
+class _Spread(torch.autograd.Function):
+    """x (LM, N, B, J) -> (O, N, (l, B), J) = sum_m Y_lm(o) x_lm; each degree in its place.
+
+    A sum over blocks, which a concatenation would write twice and fill with zeros on the way back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, Y: Tensor) -> Tensor:
+        ctx.save_for_backward(Y)
+        return spread(x, Y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (Y,) = ctx.saved_tensors
+        return _Gather.apply(g, Y), None
+
+
+class _Gather(torch.autograd.Function):
+    """The adjoint of ``_Spread``."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, Y: Tensor) -> Tensor:
+        ctx.save_for_backward(Y)
+        LM, (O, N, K, J) = Y.shape[1], g.shape
+        L = math.isqrt(LM) - 1
+        B = K // (L + 1)
+        x = g.new_empty(LM, N, B, J)
+        for l in range(L + 1):
             rows = slice(l * l, (l + 1) ** 2)
-            parts.append((Y[:, rows] @ edges[rows].flatten(1)).view(shape))
-        return torch.cat(parts, dim=2).flatten(0, 1)
+            block = g[:, :, l * B : (l + 1) * B].reshape(O, -1)
+            torch.mm(Y[:, rows].T, block, out=x[rows].view(2 * l + 1, -1))
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> tuple[Tensor, None]:
+        (Y,) = ctx.saved_tensors
+        return _Spread.apply(x, Y), None
+
+
+def spread(x: Tensor, Y: Tensor) -> Tensor:
+    O, (LM, N, B, J) = len(Y), x.shape
+    L = math.isqrt(LM) - 1
+    out = x.new_empty(O, N, L + 1, B, J)
+    for l in range(L + 1):
+        rows = slice(l * l, (l + 1) ** 2)
+        out[:, :, l] = (Y[:, rows] @ x[rows].reshape(2 * l + 1, -1)).view(O, N, B, J)
+    return out.view(O, N, -1, J)
 
 
 class Density(nn.Module):
@@ -203,22 +246,18 @@ class Density(nn.Module):
     of each degree its own.  (N, C) species -> (LM, N, 2M).
     """
 
-    degree: Tensor  # (LM,)
-
     def __init__(self, c: PonitaConfig) -> None:
         super().__init__()
         S, (_, fiber) = c.channels, c.degrees
         self.send = nn.Linear(c.channels, S, bias=False)
-        self.weight = weights(fiber, c.num_basis * S, 2 * c.channels)
-        self.register_buffer("degree", degree_of_component(fiber), persistent=False)
+        self.fiber = LinearByDegree(fiber, c.num_basis * S, 2 * c.channels)
 
     def forward(self, x: None, species: Tensor, edges: Tensor, neighbors: Tensor) -> Tensor:
         N, _, B, J = edges.shape
-        LM = len(self.degree)
+        LM = sum(self.fiber.sizes)
         g = self.send(species).index_select(0, neighbors).view(N, J, -1)
         T = torch.bmm(edges[:, :LM].reshape(N, LM * B, J), g)  # (N, LM B, S)
-        T = T.view(N, LM, -1).transpose(0, 1)  # (LM, N, B S)
-        return torch.bmm(T, self.weight.index_select(0, self.degree))
+        return self.fiber(T.view(N, LM, -1).transpose(0, 1))
 
 
 class SpaceConvolution(nn.Module):
@@ -229,8 +268,6 @@ class SpaceConvolution(nn.Module):
     messages; a kernel for each channel would be O J C, several times over.
     """
 
-    degree: Tensor  # (LM,)
-
     def __init__(self, c: PonitaConfig, grid: Orientations) -> None:
         super().__init__()
         S, (L, fiber) = c.message_channels, c.degrees
@@ -238,8 +275,7 @@ class SpaceConvolution(nn.Module):
         self.send = nn.Linear(c.channels, S, bias=False)
         self.send_species = nn.Linear(c.channels, S, bias=False)
         fan_in = (L + 1) * c.num_basis * S
-        self.weight = weights(fiber, fan_in + c.channels, 2 * c.channels)
-        self.register_buffer("degree", degree_of_component(fiber), persistent=False)
+        self.fiber = LinearByDegree(fiber, fan_in + c.channels, 2 * c.channels)
 
     def forward(self, x: Tensor, species: Tensor, kernels: Tensor, neighbors: Tensor) -> Tensor:
         (O, N, _), (_, _, J) = x.shape, kernels.shape
@@ -248,12 +284,20 @@ class SpaceConvolution(nn.Module):
         T = torch.bmm(kernels, g).view(O, N, -1)  # (O, N, K S)
         (grid,) = self.grid
         A = torch.cat([grid.analysis(T), grid.analysis(x)], dim=-1)  # (LM, N, K S + C)
-        return torch.bmm(A, self.weight.index_select(0, self.degree))
+        return self.fiber(A)
 
 
-def weights(lmax: int, inputs: int, outputs: int) -> nn.Parameter:
-    """One matrix for each degree."""
-    return nn.Parameter(torch.randn(lmax + 1, inputs, outputs) / math.sqrt(inputs))
+class LinearByDegree(nn.Module):
+    """One matrix for each degree: (LM, N, inputs) -> (LM, N, outputs)."""
+
+    def __init__(self, lmax: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.sizes = [2 * l + 1 for l in range(lmax + 1)]
+        self.weight = nn.Parameter(torch.randn(lmax + 1, inputs, outputs) / math.sqrt(inputs))
+
+    def forward(self, A: Tensor) -> Tensor:
+        parts = zip(A.split(self.sizes), self.weight.unbind(), strict=True)
+        return torch.cat([part.flatten(0, 1) @ W for part, W in parts]).view(len(A), A.shape[1], -1)
 
 
 class Layer(nn.Module):

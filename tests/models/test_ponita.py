@@ -134,10 +134,11 @@ def test_the_first_layer_is_the_convolution_in_closed_form() -> None:
     with torch.no_grad():
         space.send.weight.copy_(density.send.weight)
         space.send_species.weight.zero_()
-        space.weight.zero_()
+        space.fiber.weight.zero_()
         for l in range(3):
             scale = (2 * l + 1) ** 0.5  # sum over o of w Y_lm(o) P_l(o.r) = Y_lm(r) / (2l + 1)
-            space.weight[l, l * B * S : (l + 1) * B * S] = density.weight[l] * scale
+            rows = slice(l * B * S, (l + 1) * B * S)
+            space.fiber.weight[l, rows] = density.fiber.weight[l] * scale
     seen: list[Any] = []
     model.layers[0].convolution.register_forward_hook(lambda _, args, __: seen.append(args))
     model.layers[1].convolution.register_forward_hook(lambda _, args, __: seen.append(args))
