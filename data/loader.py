@@ -1,8 +1,9 @@
 """Batches: structures in a reproducible order, grouped up to a number of structures, atoms or
 edges.
 
-The order of an epoch is a function of (seed, epoch) and the batches one of the order and the
-limits, so that workers, ranks and a resumed run all agree without talking to each other.
+The order of an epoch is a function of (seed, epoch), and of weights where there are some, and the
+batches one of the order and the limits, so that workers, ranks and a resumed run all agree without
+talking to each other.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ class GraphLoader:
                     f"max_{unit}={limit}; raise the limit"
                 )
         self._num_atoms = num_atoms if world_size > 1 else None
+        self._weights: np.ndarray | None = None
         self._plan: tuple[int, list[list[int]]] | None = None
         self._queue = _Queue()
         self._workers: DataLoader | None = None
@@ -109,6 +111,19 @@ class GraphLoader:
         """Go to the start of ``epoch``; where it is already under way, stay."""
         if epoch != self.epoch:
             self.epoch, self.position, self._resume_at = epoch, 0, 0
+
+    def set_weights(self, weights: np.ndarray | None) -> None:
+        """How often structures are to be shown relative to each other, (M,); None: once each.
+
+        An epoch keeps its length M.  The weights are not part of the state.
+        """
+        if weights is not None and not (np.isfinite(weights) & (weights >= 0)).all():
+            raise ValueError("weights of structures have to be finite and not negative")
+        self._weights, self._plan = weights, None
+
+    def times_shown(self, epoch: int) -> np.ndarray:
+        """(M,) how often each structure is in an epoch with the present weights, on all ranks."""
+        return np.bincount(self._order(epoch), minlength=len(self.dataset))
 
     def state_dict(self) -> dict[str, int]:
         """Where the loader is: an epoch, and the number of its batches that were handed out."""
@@ -136,7 +151,7 @@ class GraphLoader:
     def batches(self) -> list[list[int]]:
         """Batches of this epoch on this rank, as positions in the data set."""
         if self._plan is None or self._plan[0] != self.epoch:
-            plan = self._fill(self._order())
+            plan = self._fill(self._order(self.epoch))
             if self.world_size > 1:
                 plan = self._share(plan)
             self._plan = (self.epoch, plan)
@@ -164,15 +179,18 @@ class GraphLoader:
             )
         yield from self._workers
 
-    def _order(self) -> np.ndarray:
-        n = len(self.dataset)
+    def _order(self, epoch: int) -> np.ndarray:
+        chosen = np.arange(len(self.dataset))
+        rng = np.random.default_rng([self.seed, epoch])
+        if self._weights is not None:
+            chosen = np.repeat(chosen, systematic_sample(self._weights, rng))
         if not self.shuffle:
-            return np.arange(n)
-        rng = np.random.default_rng([self.seed, self.epoch])
+            return chosen
+        n = len(chosen)
         # Neighbouring structures are read from disk together, so blocks move as a whole; a buffer
         # of many of them is then mixed thoroughly.  A data set that fits into the buffer is simply
         # shuffled.
-        blocks = [np.arange(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+        blocks = [chosen[start : start + BLOCK] for start in range(0, n, BLOCK)]
         blocks = [blocks[k] for k in rng.permutation(len(blocks))]
         buffers = [
             np.concatenate(blocks[start : start + BUFFER])
@@ -253,6 +271,20 @@ class GraphLoader:
             shares[rank].append(k)
             loads[rank] += int(atoms[k])
         return shares
+
+
+def systematic_sample(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(M,) how often each of M items is taken in M draws with these weights.
+
+    Each number is the expected one rounded up or down, which independent draws would scatter about.
+    """
+    n = len(weights)
+    order = rng.permutation(n)
+    marks = np.cumsum(weights[order]) / weights.sum() * n + rng.random()
+    marks[-1] = n  # rounding must not change the length of an epoch
+    times = np.empty(n, dtype=np.int64)
+    times[order] = np.diff(np.floor(marks).astype(np.int64), prepend=0)
+    return times
 
 
 class _Source(Dataset[AtomicGraph]):

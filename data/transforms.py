@@ -3,12 +3,13 @@ frame)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mlip.data.graph import AtomicGraph
+from mlip.data.neighbors import neighbor_list
 
 Transform = Callable[[AtomicGraph, torch.Generator], AtomicGraph]
 
@@ -95,6 +96,40 @@ class RandomReflection:
         if torch.rand((), generator=generator) < 0.5:
             return graph
         return graph.rotated(torch.eye(3, dtype=n.dtype) - 2 * torch.outer(n, n))
+
+
+class RandomDisplacement:
+    """Displace all atoms by Gaussian noise; labels become the forces that undo it.
+
+    r -> r + d with d = sigma normal(0, 1) without its mean over atoms, F = -energy d / sigma^2;
+    energy and stress are NaN.  Neighbours are searched anew.
+
+    Parameters
+    ----------
+    sigmas : angstrom; of each structure one of them, at random
+    energy : eV
+    cutoff : angstrom
+    """
+
+    def __init__(self, sigmas: Sequence[float], energy: float, cutoff: float) -> None:
+        self.sigmas, self.energy, self.cutoff = tuple(sigmas), energy, cutoff
+
+    def __call__(self, graph: AtomicGraph, generator: torch.Generator) -> AtomicGraph:
+        sigma = self.sigmas[int(torch.randint(len(self.sigmas), (), generator=generator))]
+        noise = torch.randn(graph.positions.shape, generator=generator, dtype=torch.float64)
+        d = sigma * (noise - noise.mean(dim=0))
+        positions = graph.positions + d
+        edges, shifts = neighbor_list(
+            positions.numpy(), graph.cell[0].numpy(), graph.pbc[0].numpy(), self.cutoff
+        )
+        return graph.replace(
+            positions=positions,
+            edge_index=torch.from_numpy(edges),
+            cell_shifts=torch.from_numpy(shifts),
+            forces=-self.energy / sigma**2 * d,
+            energy=torch.full_like(graph.energy, torch.nan),
+            stress=torch.full_like(graph.stress, torch.nan),
+        )
 
 
 class SeveralViews:

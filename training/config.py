@@ -18,6 +18,8 @@ from pydantic import BaseModel, BeforeValidator, Field, create_model, model_vali
 
 from mlip.config import Config, ConfigError, apply_overrides, parse, read_yaml
 from mlip.training import wrapper_config
+from mlip.training.denoising_config import DenoisingConfig
+from mlip.training.sampling_config import SamplingConfig
 from mlip.training.symmetry_config import SymmetryConfig
 
 # Presets of size; keys given in the file come before them.
@@ -392,6 +394,12 @@ class TrainConfig(Config):
     )
     loss: LossConfig = LossConfig()
     symmetry: SymmetryConfig = SymmetryConfig()
+    sampling: SamplingConfig | None = Field(
+        None, description="show groups by their learning curves: {by: config_type}"
+    )
+    denoising: DenoisingConfig | None = Field(
+        None, description="pre-training without labels: {sigma: [0.05]}"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     precision: PrecisionConfig = PrecisionConfig()

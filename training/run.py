@@ -27,18 +27,19 @@ from mlip.data.dataset import HDF5Dataset, split, split_by_file
 from mlip.data.duplicates import find_duplicates
 from mlip.data.loader import GraphLoader
 from mlip.data.statistics import Statistics, compute_statistics, format_statistics, require_elements
-from mlip.data.transforms import RandomReflection, RandomRotation, SeveralViews, Transform
+from mlip.data.transforms import Compose, RandomReflection, RandomRotation, SeveralViews, Transform
 from mlip.evaluation.evaluate import Pairs, evaluate
-from mlip.evaluation.metrics import UNITS, Errors, table
+from mlip.evaluation.metrics import UNITS, Errors, grouped_table, table
 from mlip.evaluation.symmetry import SymmetryReport, sampled_symmetry_errors
 from mlip.models import build
 from mlip.nn.cohesion import Cohesion
 from mlip.nn.zbl import ZBL
 from mlip.potential import Potential
-from mlip.training import distributed
+from mlip.training import denoising, distributed
 from mlip.training.config import DataConfig, TrainConfig, hyperparameters, to_yaml
 from mlip.training.log import read_rows, require_loggers
 from mlip.training.loss import Objective
+from mlip.training.sampling import AdaptiveSampling
 from mlip.training.signals import StopSignals
 from mlip.training.symmetry_losses import symmetry_terms
 from mlip.training.trainer import BEST, LAST, STATE, Trainer
@@ -73,6 +74,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     Interrupted
         After SIGTERM or Ctrl-C, with the state saved; its code is 143 or 130.
     """
+    config = denoising.with_loss(config)
     require_loggers(config.logging)
     if config.runtime.tune_allocator:
         tune_allocator()
@@ -100,6 +102,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
             objective = objective.extended(
                 *symmetry_terms(config.symmetry, potential, data.valid[0], given=given)
             )
+        sampling = None
+        if config.sampling is not None:
+            sampling = AdaptiveSampling(config.sampling, data.train, data.valid)
         bar = _progress_bar(config, console)
         with bar as on_step:
             trainer = Trainer(
@@ -110,6 +115,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
                 config,
                 signals=signals,
                 fingerprint=_fingerprint(config, data),
+                sampling=sampling,
                 on_step=on_step,
             )
             if resume:
@@ -149,7 +155,9 @@ def prepare_data(config: TrainConfig) -> RunData:
     tests = {path.stem: HDF5Dataset(path, cutoff) for path in d.test}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # they come back as text in the statistics
-        statistics = compute_statistics(train_set, None if d.e0 == "auto" else d.e0)
+        e0 = None if d.e0 == "auto" else d.e0
+        e0 = e0 if config.denoising is None else denoising.NO_ENERGIES
+        statistics = compute_statistics(train_set, e0)
     for note in statistics.warnings:
         logger.warning("%s", note)
     logger.info("%s", _text(format_statistics(statistics)))
@@ -157,19 +165,27 @@ def prepare_data(config: TrainConfig) -> RunData:
         require_elements(statistics, part)
     valid = _without_isolated(valid, "validation set")
     train_set = _without_isolated(train_set, "training set")
-    if statistics.num_labels["energy"] == statistics.num_labels["forces"] == 0:
+    unlabelled = statistics.num_labels["energy"] == statistics.num_labels["forces"] == 0
+    if unlabelled and config.denoising is None:
         raise ValueError(f"{d.train}: neither energies nor forces to train on")
     if distributed.rank() == 0:
         duplicates = find_duplicates({"train": train_set, "valid": valid, **tests})
         if duplicates.across:
             logger.warning("%s", duplicates.describe())
+    tests = {name: _without_isolated(part, "test set") for name, part in tests.items()}
     train_set.transform = augmentation(d)
+    if config.denoising is not None:
+        noise = denoising.displacement(config.denoising, cutoff)
+        for part in (valid, *tests.values()):
+            part.transform = noise
+        turn = train_set.transform
+        train_set.transform = noise if turn is None else Compose(noise, turn)
     logger.info("%d structures to train on, %d to validate", len(train_set), len(valid))
     files = {str(path): path for path in (d.train, d.valid, *d.test) if path is not None}
     return RunData(
         train_set,
         valid,
-        {name: _without_isolated(part, "test set") for name, part in tests.items()},
+        tests,
         statistics,
         {name: file_sha256(path) for name, path in files.items()},
     )
@@ -205,6 +221,8 @@ def make_potential(config: TrainConfig, data: RunData) -> tuple[TrainConfig, Pot
     }
     config = config.model_copy(update={"model": config.model.model_copy(update=known)})
     scale = next(x for x in (s.rms_force, s.energy_std, 1.0) if math.isfinite(x) and x > 0)
+    if config.denoising is not None:
+        scale = denoising.typical_force(config.denoising)
     attributes = data.train.file.attributes
     metadata: dict[str, Any] = {
         "level_of_theory": attributes.get("level_of_theory") or None,
@@ -214,6 +232,7 @@ def make_potential(config: TrainConfig, data: RunData) -> tuple[TrainConfig, Pot
             "source": attributes.get("source") or None,
             "structures": len(data.train),
             "seed": config.seed,
+            "objective": None if config.denoising is None else denoising.NAME,
         },
         "citation": config.citation,
         "licence": config.licence,
@@ -228,17 +247,24 @@ def make_potential(config: TrainConfig, data: RunData) -> tuple[TrainConfig, Pot
     potential = Potential(model, s.e0, scale, repulsion, cohesion, metadata)
     potential.to(torch.float64 if config.precision.dtype == "float64" else torch.float32)
     if config.init_from is not None:
-        start_from(potential, config.init_from)
+        if start_from(potential, config.init_from) == denoising.NAME:
+            # Denoising leaves a constant open for each composition.
+            potential.cohesion = fit_cohesion(data.train, s.e0, potential)
     number = sum(p.numel() for p in potential.parameters())
     logger.info("%s: %d parameters, energies in units of %.4g eV", config.model.name, number, scale)
     return config, potential
 
 
-def start_from(potential: Potential, path: Path) -> None:
+def start_from(potential: Potential, path: Path) -> str | None:
     """Give a new potential the weights of a saved one: staged training.
 
     Scale and energies of cohesion go with the weights, reference energies stay those of the data;
     wrappers may differ.
+
+    Returns
+    -------
+    str or None
+        What it was trained for, if not for energies and forces.
 
     Raises
     ------
@@ -264,20 +290,23 @@ def start_from(potential: Potential, path: Path) -> None:
     potential.scale.copy_(old.scale)
     potential.cohesion = old.cohesion
     logger.info("weights of %s", path)
+    objective = old.metadata.get("training", {}).get("objective")
+    return None if objective is None else str(objective)
 
 
-def fit_cohesion(train: HDF5Dataset, e0: Tensor) -> Cohesion | None:
+def fit_cohesion(train: HDF5Dataset, e0: Tensor, start: Potential | None = None) -> Cohesion | None:
     """Mean energies of cohesion by least squares, where reference energies are those of atoms.
 
-    Solves E_k - sum_i e0 = sum_i s_i D[Z_i] per atom over a sample of the training set; None
-    without energies.
+    Solves E_k - sum_i e0 = sum_i s_i D[Z_i] per atom over a sample of the training set, with the
+    energy of the potential ``start`` in place of e0 if it is given; None without energies.
     """
     cohesion = Cohesion(torch.zeros(119))
     rows, targets = [], []
     for k in range(0, len(train), -(-len(train) // COHESION_FRAMES)):
         graph = train[k]
         graph = graph.replace(vectors=graph.edge_vectors())
-        energy = graph.energy - e0[graph.atomic_numbers].sum()
+        known = e0[graph.atomic_numbers].sum() if start is None else start(graph)["energy"].detach()
+        energy = graph.energy - known
         if energy.isfinite():
             saturation = cohesion.saturation(graph)
             row = energy.new_zeros(119).index_add(0, graph.atomic_numbers, saturation)
@@ -298,7 +327,7 @@ def report(config: TrainConfig, data: RunData, device: torch.device) -> dict[str
         path = config.run_dir / LAST
     potential = checkpoint.load(path, device=device)
     sample = data.train.subset(range(0, len(data.train), -(-len(data.train) // TRAIN_SAMPLE)))
-    sample.transform = None
+    sample.transform = data.valid.transform  # without augmentation
     totals: dict[str, Errors] = {}
     symmetry: dict[str, SymmetryReport] = {}
     points = {}
@@ -311,9 +340,7 @@ def report(config: TrainConfig, data: RunData, device: torch.device) -> dict[str
         totals[name] = sums.total()
         symmetry[name] = sampled_symmetry_errors(potential, part, stress="stress" in totals[name])
         points[name] = pairs.arrays()
-        if len(sums.names) > 1:
-            rows = {**sums.by_type(), "all": totals[name]}
-            texts.append(table(rows, title=name))
+        texts.append(grouped_table(totals[name], sums.kinds(), title=name))
     lines = [f"{name}: {report.text()}" for name, report in symmetry.items()]
     texts.append("\n".join([table(totals, title=path.name), *lines]))
     text = "\n\n".join(texts)
@@ -370,6 +397,9 @@ def _fingerprint(config: TrainConfig, data: RunData) -> dict[str, Any]:
     optional: dict[str, Any] = {"symmetry": dump["symmetry"]} if config.symmetry.active else {}
     if config.data.views > 1:
         optional["views"] = config.data.views
+    for section in ("sampling", "denoising"):
+        if dump[section] is not None:
+            optional[section] = dump[section]
     if config.wrapper is not None:
         optional["wrapper"] = dump["wrapper"]
     keys = (

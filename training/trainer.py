@@ -30,7 +30,7 @@ from mlip import checkpoint
 from mlip.data.dataset import HDF5Dataset
 from mlip.data.graph import AtomicGraph
 from mlip.data.loader import GraphLoader
-from mlip.evaluation.evaluate import evaluate
+from mlip.evaluation.evaluate import Breakdown, evaluate
 from mlip.evaluation.metrics import Errors, ErrorSums, flat, line
 from mlip.evaluation.symmetry import SymmetryReport, sampled_symmetry_errors
 from mlip.potential import Potential
@@ -39,6 +39,7 @@ from mlip.training.config import TrainConfig
 from mlip.training.log import RunLog
 from mlip.training.loss import Objective
 from mlip.training.optimizer import AveragedWeights, Plateau, learning_rate, make_optimizers
+from mlip.training.sampling import AdaptiveSampling
 from mlip.training.signals import StopSignals
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Trainer:
     config : of it optimizer, schedule, sizes of batches and run_dir are used
     signals : a noted signal ends the training after the current step
     fingerprint : what a continuation must have in common with the run, plain JSON
+    sampling : shows structures as often as the validations make it worth; evenly without
     on_step : called after each step, for example to move a progress bar
     """
 
@@ -82,6 +84,7 @@ class Trainer:
         *,
         signals: StopSignals | None = None,
         fingerprint: Mapping[str, Any] | None = None,
+        sampling: AdaptiveSampling | None = None,
         on_step: Callable[[Trainer], None] | None = None,
     ) -> None:
         self.potential, self.objective = potential, objective
@@ -91,6 +94,7 @@ class Trainer:
         self.signals = signals or StopSignals()
         # Through JSON, so that it compares equal to what a file gives back.
         self.fingerprint = json.loads(json.dumps(fingerprint or {}))
+        self.sampling = sampling
         self.on_step = on_step
         self.device = potential.e0.device
         distributed.broadcast(potential.state_dict().values())
@@ -117,6 +121,7 @@ class Trainer:
         self.valid_seconds = 0.0
         self.best, self.best_epoch, self.waited = math.inf, -1, 0
         self.valid_errors: Errors = {}
+        self.valid_sums = Breakdown(valid, self.device)
         self.symmetry: SymmetryReport | None = None  # of the first process
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.loss_steps = 0
@@ -280,6 +285,8 @@ class Trainer:
                 **flat(self.valid_errors, "valid_"),
                 **(self.symmetry.flat("valid_") if self.symmetry else {}),
             }
+        if self.sampling is not None:
+            row |= self._sample_anew(self.sampling, validated="valid_loss" in row)
         loss = float(distributed.all_sum(self.loss_sum)) / max(1, self.loss_steps)
         totals = ErrorSums(device=self.device)
         totals.sums = distributed.all_sum(self.sums.sums)
@@ -301,18 +308,29 @@ class Trainer:
         self.train_loader.set_epoch(self.epoch)
         self._agree()
 
+    def _sample_anew(self, sampling: AdaptiveSampling, validated: bool) -> dict[str, float]:
+        """Note what the epoch showed, and weigh the structures of the next one."""
+        sampling.add_epoch(self.train_loader.times_shown(self.epoch))
+        if validated:
+            errors = self.valid_sums.kinds()[sampling.config.by]
+            sampling.update({name: self.score(e) for name, e in errors.items()})
+            self.train_loader.set_weights(sampling.of_structures())
+        return sampling.flat()
+
     def _validate(self) -> None:
         start = time.monotonic()
         size, number = distributed.world_size(), distributed.rank()
         share = self.valid.subset(range(number, len(self.valid), size)) if size > 1 else self.valid
         data = self.config.data
+        sums = self.valid_sums = Breakdown(self.valid, self.device)
         with self.averaged():
-            sums = evaluate(
+            evaluate(
                 self.potential,
                 share,
                 batch_size=data.valid_batch_size,
                 stress=self.objective.needs_stress,
                 stop=lambda: bool(self.signals.received),
+                sums=sums,
             )
             if distributed.rank() == 0 and not self.signals.received:
                 self.symmetry = sampled_symmetry_errors(
@@ -321,13 +339,13 @@ class Trainer:
                     structures=SYMMETRY_STRUCTURES,
                     copies=SYMMETRY_COPIES,
                 )
-            total = ErrorSums(device=self.device)
-            total.sums = distributed.all_sum(sums.sums.sum(dim=1, keepdim=True))
+            for part in (sums, sums.groups, sums.elements):
+                part.sums = distributed.all_sum(part.sums)
             stop, seconds = distributed.all_max(
                 [self.signals.received, time.monotonic() - start], self.device
             )
             if not stop:
-                self.valid_seconds, self.valid_errors = seconds, total.total()
+                self.valid_seconds, self.valid_errors = seconds, sums.total()
                 score = self.score(self.valid_errors)
                 improved = score < self.best
                 self.waited = 0 if improved else self.waited + 1
@@ -378,6 +396,8 @@ class Trainer:
                 "loss_sum": loss,
                 "sums": sums,
             }
+            if self.sampling is not None:
+                tensors |= self.sampling.tensors()
             if self.ema is not None:
                 tensors |= {f"ema.{k}": t for k, t in enumerate(self.ema.averages)}
             checkpoint.write_tensors(self.run_dir / STATE, tensors, self._numbers())
@@ -450,4 +470,8 @@ class Trainer:
         self.valid_errors = numbers["valid_errors"]
         self.plateau.load_state_dict(numbers["plateau"])
         self.train_loader.load_state_dict(numbers["loader"])
+        if self.sampling is not None:
+            self.sampling.load(tensors)
+            if len(self.sampling.history):
+                self.train_loader.set_weights(self.sampling.of_structures())
         logger.info("continuing %s at epoch %d, step %d", path, self.epoch + 1, self.step)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ase.data import chemical_symbols
 from torch import Tensor
 
 from mlip.data.dataset import HDF5Dataset
 from mlip.data.graph import AtomicGraph
 from mlip.data.loader import GraphLoader
-from mlip.evaluation.metrics import QUANTITIES, Errors, ErrorSums, table
+from mlip.evaluation.metrics import QUANTITIES, Errors, ErrorSums, grouped_table
 from mlip.evaluation.symmetry import SymmetryReport, sampled_symmetry_errors
 from mlip.potential import Potential
 
@@ -23,18 +24,55 @@ MAX_POINTS = 200_000  # of a parity plot, per quantity
 OnBatch = Callable[[AtomicGraph, Mapping[str, Tensor]], None]
 
 
-class TypeNumbers:
-    """Number of each structure's ``config_type``, looked up by its frame in the file."""
+class LabelNumbers:
+    """Number of each structure's label, such as its ``config_type``, by its frame in the file."""
 
-    def __init__(self, dataset: HDF5Dataset) -> None:
-        names, codes = np.unique(dataset.config_types, return_inverse=True)
+    def __init__(self, dataset: HDF5Dataset, labels: np.ndarray) -> None:
+        names, codes = np.unique(labels, return_inverse=True)
         self.names = [str(name) for name in names]
         self._codes = torch.zeros(len(dataset.file), dtype=torch.int64)
         self._codes[torch.from_numpy(dataset.indices)] = torch.from_numpy(codes.reshape(-1))
 
     def __call__(self, graph: AtomicGraph) -> Tensor:
-        """(G,) numbers of config types."""
+        """(G,) numbers of labels."""
         return self._codes[graph.frame.cpu()].to(graph.frame.device)
+
+
+class Breakdown(ErrorSums):
+    """Errors by ``config_type``, and beside them by ``group`` and by element (forces).
+
+    Parameters
+    ----------
+    dataset : of which all structures that are added are
+    """
+
+    def __init__(self, dataset: HDF5Dataset, device: torch.device | str = "cpu") -> None:
+        self._types = LabelNumbers(dataset, dataset.config_types)
+        self._groups = LabelNumbers(dataset, dataset.groups)
+        super().__init__(self._types.names, device)
+        self.groups = ErrorSums(self._groups.names, device)
+        self.elements = ErrorSums(chemical_symbols, device)
+
+    def add(
+        self,
+        graph: AtomicGraph,
+        out: Mapping[str, Tensor],
+        types: Tensor | None = None,
+        *,
+        of_atoms: bool = False,
+    ) -> None:
+        """Add the errors of a batch; which structure is of which group is known here."""
+        super().add(graph, out, self._types(graph))
+        self.groups.add(graph, out, self._groups(graph))
+        self.elements.add(graph, out, graph.atomic_numbers, of_atoms=True)
+
+    def kinds(self) -> dict[str, dict[str, Errors]]:
+        """Kind of group -> name -> errors; elements with forces only."""
+        return {
+            "config_type": self.by_type(),
+            "group": self.groups.by_type(),
+            "element": {name: e for name, e in self.elements.by_type().items() if e},
+        }
 
 
 def evaluate(
@@ -47,8 +85,9 @@ def evaluate(
     stress: bool | None = None,
     on_batch: OnBatch | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> ErrorSums:
-    """Errors on all structures of a data set, by config type.
+    sums: Breakdown | None = None,
+) -> Breakdown:
+    """Errors on all structures of a data set, by config type, group and element.
 
     Parameters
     ----------
@@ -57,13 +96,13 @@ def evaluate(
     stress : whether to predict stress; by default if there are periodic structures
     on_batch : called with each batch and what the potential made of it
     stop : asked after each batch; True ends the evaluation early
+    sums : what the errors are added to, for example of a larger data set of which this is a part
     """
     device = potential.e0.device
     if stress is None:
         pbc = dataset.file.column("pbc")
         stress = pbc is not None and bool(pbc[dataset.indices].astype(bool).all(axis=1).any())
-    numbers = TypeNumbers(dataset)
-    sums = ErrorSums(numbers.names, device)
+    sums = Breakdown(dataset, device) if sums is None else sums
     if len(dataset) == 0:
         return sums
     loader = GraphLoader(
@@ -75,7 +114,7 @@ def evaluate(
         for graph in loader:
             graph = graph.to(device)
             out = potential(graph, stress=stress)
-            sums.add(graph, out, numbers(graph))
+            sums.add(graph, out)
             if on_batch is not None:
                 on_batch(graph, out)
             if stop():
@@ -120,8 +159,6 @@ def predictions(
     potential: Potential, dataset: HDF5Dataset, graph: AtomicGraph, out: Mapping[str, Tensor]
 ) -> Iterator[str]:
     """Frames of a batch as extended XYZ: labels ``REF_energy``, predictions ``MLIP_energy``, ..."""
-    from ase.data import chemical_symbols
-
     ptr = graph.ptr.tolist()
     types = dict(zip(dataset.indices.tolist(), dataset.config_types, strict=True))
     for g, frame in enumerate(graph.frame.tolist()):
@@ -164,13 +201,13 @@ class Report:
     path: Path
     num_structures: int
     total: Errors
-    by_type: dict[str, Errors]
+    kinds: dict[str, dict[str, Errors]]  # by config_type, group and element
     symmetry: SymmetryReport
 
     def text(self) -> str:
-        """Table with one row per config type and one for all, and the symmetry error."""
-        rows = {**self.by_type, "all": self.total} if len(self.by_type) > 1 else {"all": self.total}
-        return f"{table(rows, title=self.path.name)}\n{self.symmetry.text()}"
+        """Table by config type, group and element, the worst of each, and the symmetry error."""
+        text = grouped_table(self.total, self.kinds, title=self.path.name)
+        return f"{text}\n{self.symmetry.text()}"
 
 
 def evaluate_file(
@@ -223,10 +260,10 @@ def evaluate_file(
     return report
 
 
-def _report(potential: Potential, dataset: HDF5Dataset, sums: ErrorSums) -> Report:
+def _report(potential: Potential, dataset: HDF5Dataset, sums: Breakdown) -> Report:
     total = sums.total()
     symmetry = sampled_symmetry_errors(potential, dataset, stress="stress" in total)
-    return Report(Path(dataset.path), len(dataset), total, sums.by_type(), symmetry)
+    return Report(Path(dataset.path), len(dataset), total, sums.kinds(), symmetry)
 
 
 def evaluate_files(
@@ -278,8 +315,6 @@ def _device(name: str) -> torch.device:
 
 def check_elements(potential: Potential, dataset: HDF5Dataset) -> None:
     """Raise ValueError naming an element of the data set that the potential was not trained on."""
-    from ase.data import chemical_symbols
-
     known = set(potential.elements)
     numbers = dataset.file.column("atomic_numbers")
     if numbers is None or set(np.unique(numbers).tolist()) <= known:
