@@ -1,9 +1,10 @@
 """Energy, forces and stress through the calculator, beside mace-torch, in one run.
 
-    MACE=/path/to/mace/venv python benchmarks/speed.py facet escaip mace-small mace-medium
+    PEERS=FOLDER python benchmarks/speed.py facet facet:small nequip-medium mace-small
 
-The models: a name of this package (medium preset, or name:size), a model file, ``mace-small``
-(128x0e), ``mace-medium`` (128x0e+128x1o).  Each runs in a process of its own; rounds alternate
+The models: a name of this package (medium preset, or name:size), a model file, or one of the
+packages in ``peers.py``, ``-small`` or ``-medium``; their environments are made by
+``install_peers.sh``.  Each runs in a process of its own; rounds alternate
 between them, positions change at every step, medians and minima over all rounds are written, and
 the peak of memory above the loaded model.  All but files have random weights: time and memory do
 not depend on their values.  ``--allocator default`` leaves glibc's settings alone for all.  Ratios
@@ -22,7 +23,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SYSTEMS = ("molecule", "Si8", "Si64", "Si216")
+SYSTEMS = ("molecule", "Si8", "Si64", "Si216", "Si512", "Si1000", "Si4096")
+PEERS = ("mace", "nequip", "sevenn", "matgl", "chgnet")
 
 
 def cpu_name() -> str:
@@ -32,12 +34,23 @@ def cpu_name() -> str:
     return platform.processor()
 
 
+def python_of(name: str) -> str:
+    """The interpreter of the environment that a model lives in."""
+    peer = name.partition("-")[0]
+    if peer not in PEERS:
+        return sys.executable
+    if "PEERS" not in os.environ:
+        raise SystemExit("set PEERS to the folder that install_peers.sh has made")
+    return str(Path(os.environ["PEERS"]) / peer / "bin" / "python")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("models", nargs="*", default=["facet", "mace-small"])
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS[:4])
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--allocator", choices=["tuned", "default"], default="tuned")
@@ -53,11 +66,10 @@ def main() -> None:
             MALLOC_TRIM_THRESHOLD_="2147483647",
             MALLOC_TOP_PAD_="67108864",
         )
-    mace = str(Path(os.environ.get("MACE", "")) / "bin" / "python")
-    pythons = {name: mace if name.startswith("mace-") else sys.executable for name in a.models}
+    pythons = {name: python_of(name) for name in a.models}
     workers = {
         name: subprocess.Popen(
-            [python, "-W", "ignore", str(HERE / "speed_worker.py"), name, str(a.threads)],
+            [python, "-W", "ignore", str(HERE / "speed_worker.py"), name, str(a.threads), a.dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -99,7 +111,13 @@ def main() -> None:
         }
         for system, by_name in times.items()
     }
-    result = {"cpu": cpu_name(), "threads": a.threads, "allocator": a.allocator, "systems": table}
+    result = {
+        "cpu": cpu_name(),
+        "threads": a.threads,
+        "allocator": a.allocator,
+        "dtype": a.dtype,
+        "systems": table,
+    }
     a.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

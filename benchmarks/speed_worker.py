@@ -12,8 +12,9 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.calculator import Calculator
+from peers import PEERS
 
-STEPS = {"molecule": 10, "Si8": 10, "Si64": 5, "Si216": 3}
+STEPS = {"molecule": 10, "Si8": 10, "Si64": 5, "Si216": 3}  # others: one
 
 
 def system(name: str) -> Atoms:
@@ -26,7 +27,7 @@ def system(name: str) -> Atoms:
     return bulk("Si", cubic=True) * (n, n, n)
 
 
-def mlip_calculator(name: str) -> Calculator:
+def mlip_calculator(name: str, dtype: str) -> Calculator:
     """A model file, or a model of this package with random weights: ``name`` or ``name:size``."""
     from mlip.calculators.eq_calculator import EqCalculator
     from mlip.models import build
@@ -34,42 +35,10 @@ def mlip_calculator(name: str) -> Calculator:
     from mlip.training.config import SIZES
 
     if Path(name).is_file():
-        return EqCalculator(name, device="cpu", dtype="float32")
+        return EqCalculator(name, device="cpu", dtype=dtype)
     kind, _, size = name.partition(":")
     model = build(kind, **{"cutoff": 5.0, **SIZES[kind][size or "medium"]})
-    return EqCalculator(Potential(model, torch.zeros(119)), device="cpu", dtype="float32")
-
-
-def mace_calculator(size: str, symbols: set[str]) -> Calculator:
-    """mace-torch: two layers, l <= 3, correlation 3, cutoff 5 angstrom."""
-    from ase.data import atomic_numbers
-    from e3nn import o3
-    from mace.calculators import MACECalculator
-    from mace.modules import ScaleShiftMACE, interaction_classes
-
-    block = interaction_classes["RealAgnosticResidualInteractionBlock"]
-    numbers = sorted(atomic_numbers[s] for s in symbols)
-    model = ScaleShiftMACE(
-        r_max=5.0,
-        num_bessel=8,
-        num_polynomial_cutoff=5,
-        max_ell=3,
-        interaction_cls=block,
-        interaction_cls_first=block,
-        num_interactions=2,
-        num_elements=len(numbers),
-        hidden_irreps=o3.Irreps({"small": "128x0e", "medium": "128x0e+128x1o"}[size]),
-        MLP_irreps=o3.Irreps("16x0e"),
-        atomic_energies=np.zeros(len(numbers)),
-        avg_num_neighbors=20,
-        atomic_numbers=numbers,
-        correlation=3,
-        gate=torch.nn.functional.silu,
-        atomic_inter_scale=1.0,
-        atomic_inter_shift=0.0,
-        radial_MLP=[64, 64, 64],
-    )
-    return MACECalculator(models=model, device="cpu", default_dtype="float32")
+    return EqCalculator(Potential(model, torch.zeros(119)), device="cpu", dtype=dtype)
 
 
 def resident(field: str) -> float:
@@ -85,7 +54,8 @@ def forget_peak() -> None:
 
 
 def main() -> None:
-    package, threads = sys.argv[1], int(sys.argv[2])
+    package, threads, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    peer, _, size = package.partition("-")
     torch.set_num_threads(threads)
     calculators: dict[str, Calculator] = {}
     rng = np.random.default_rng(0)
@@ -93,11 +63,11 @@ def main() -> None:
         name = line.strip()
         atoms = system(name)
         if name not in calculators:
-            if package.startswith("mace-"):
-                symbols = set(atoms.get_chemical_symbols())
-                calculators[name] = mace_calculator(package.removeprefix("mace-"), symbols)
+            if peer in PEERS:
+                symbols = sorted(set(atoms.get_chemical_symbols()))
+                calculators[name] = PEERS[peer](size, symbols, dtype)
             else:
-                calculators[name] = mlip_calculator(package)
+                calculators[name] = mlip_calculator(package, dtype)
             one = Atoms("Si", cell=[3, 3, 3], pbc=True) if name != "molecule" else atoms[:2]
             one.calc = calculators[name]
             one.get_forces()  # libraries and kernels are loaded now, too
@@ -106,7 +76,7 @@ def main() -> None:
         start = atoms.positions.copy()
         forget_peak()
         before = resident("VmRSS")
-        for step in range(STEPS[name] + 1):
+        for step in range(STEPS.get(name, 1) + 1):
             atoms.positions = start + rng.normal(0, 0.02, start.shape)
             begin = time.perf_counter()
             atoms.get_potential_energy()
