@@ -25,12 +25,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mlip.config import Config
 from mlip.data.graph import AtomicGraph, NodeOutput
+from mlip.nn.constant import Constant
 from mlip.nn.density import Density, EdgeBasis
 from mlip.nn.gaunt_product import BracketProduct, GauntPolynomial
 from mlip.nn.layers import InvariantMLP, soft_norm
@@ -66,6 +68,10 @@ class GauntConfig(Config):
             raise ValueError(
                 f"message_channels has {len(self.message_channels)} degrees; give 1 to "
                 f"{self.lmax + 1}, for the density has lmax = {self.lmax}"
+            )
+        if self.antisymmetric and self.factors == 1:
+            raise ValueError(
+                "antisymmetric products of one density with itself vanish; give factors 2 or 3"
             )
         return self
 
@@ -143,30 +149,62 @@ class NodeProducts(nn.Module):
         self.size = (lmax_out + 1) ** 2
         terms = [tuple(k % F for k in range(order)) for order in range(2, c.order + 1)]
         self.powers = GauntPolynomial((L,) * F, [(lmax_out, [term]) for term in terms])
-        # Unit variance in, unit variance out: the mean square of the product over its components.
-        LM = (L + 1) ** 2
-        self.scales = [(len(term) * L + 1) / LM ** (len(term) / 2) for term in terms]
+        scales = [product_scales(L, term, lmax_out) for term in terms]
         self.brackets = None
         if c.antisymmetric and lmax_out > 0:
             self.brackets = nn.ModuleList(
                 [BracketProduct((L, L), L), BracketProduct((L, L), lmax_out)]
             )
-        num = len(terms) + (self.brackets is not None)
-        self.element = nn.Linear(C, num * (lmax_out + 1) * C, bias=False)
+            scales.append(torch.full_like(scales[0], bracket_scale(L) ** 2))
+        self.scales = Constant(torch.stack(scales, dim=1))  # (H + 1, number of products)
+        self.element = nn.Linear(C, self.scales.exact.numel() * C, bias=False)
         nn.init.zeros_(self.element.weight)
-        inputs = (F + num) * C
+        inputs = (F + len(scales)) * C
         self.mix = nn.Parameter(torch.randn(lmax_out + 1, inputs, C) / math.sqrt(inputs))
         self.register_buffer("degree", degree_of_component(lmax_out), persistent=False)
 
     def forward(self, A: Tensor, species: Tensor) -> Tensor:
+        """(LM, N, F C) densities -> (LM', N, C) messages."""
         functions = A.chunk(self.factors, dim=-1)
-        found = [P * scale for P, scale in zip(self.powers(*functions), self.scales, strict=True)]
+        found = list(self.powers(*functions))
         if self.brackets is not None:
             first, second = self.brackets
             u, v, w = (functions[k % self.factors] for k in range(3))
-            found.append(second(first(u, v), w) * self.scales[0] ** 2)
-        B = torch.cat(found, dim=-1)  # (LM', N, num C)
-        w = 1 + self.element(species).view(len(species), -1, B.shape[-1])  # (N, H + 1, num C)
-        B = B * w.transpose(0, 1).index_select(0, self.degree)
-        B = torch.cat([A[: self.size], B], dim=-1)
+            found.append(second(first(u, v), w))
+        B = torch.cat(found, dim=-1)  # (LM', N, number of products C)
+        w = 1 + self.element(species).unflatten(-1, (*self.scales.exact.shape, -1))
+        w = (w * self.scales()[..., None]).flatten(2).transpose(0, 1)  # (H + 1, N, ...)
+        B = torch.cat([A[: self.size], B * w.index_select(0, self.degree)], dim=-1)
         return torch.bmm(B, self.mix.index_select(0, self.degree))
+
+
+def product_scales(lmax: int, term: tuple[int, ...], lmax_out: int) -> Tensor:
+    """(H + 1,) factors that give each degree of a product of random functions unit variance.
+
+    Functions with normal coefficients of unit variance are Gaussian fields on the sphere with the
+    kernel K(x) = sum_l (2 l + 1) P_l(x), x the cosine between two points.  Powers u^k at two points
+    correlate as sum_j j! a_j^2 K(1)^(k-j) K(x)^j, with a_j the coefficients of x^k in Hermite
+    polynomials; the correlation of the product has a coefficient for each degree.
+    """
+    top = max(lmax, lmax_out)
+    x, weight = np.polynomial.legendre.leggauss((len(term) * lmax + lmax_out) // 2 + 1)
+    P = np.polynomial.legendre.legvander(x, top)  # (x, l)
+    K = P[:, : lmax + 1] @ (2 * np.arange(lmax + 1) + 1)
+    variance = (lmax + 1) ** 2
+    product = np.ones_like(x)
+    for factor in set(term):
+        k = term.count(factor)
+        moments = np.zeros_like(x)
+        for j in range(k % 2, k + 1, 2):
+            pairs = (k - j) // 2
+            a = math.factorial(k) / (math.factorial(pairs) * 2**pairs * math.factorial(j))
+            moments += math.factorial(j) * a**2 * variance ** (k - j) * K**j
+        product *= moments
+    return torch.from_numpy((weight / 2 * product @ P[:, : lmax_out + 1]) ** -0.5)
+
+
+def bracket_scale(lmax: int) -> float:
+    """The like for a bracket, about: its mean square, of two slopes of each function, spread over
+    the components that it has."""
+    slope = sum(l * (l + 1) * (2 * l + 1) for l in range(lmax + 1)) / 2
+    return (2 * lmax + 1) / (math.sqrt(2) * slope)

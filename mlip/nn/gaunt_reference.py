@@ -65,7 +65,8 @@ class FourierProduct(nn.Module):
         # that of sin(theta) exp(i (u + u') theta) / 2 from 0 to pi.
         s = k[:, None] + k[None, :]
         even = 1 / (1 - s.double() ** 2).where(s % 2 == 0, 1.0)
-        polar = torch.complex(even.where(s % 2 == 0, 0.0), math.pi / 4 * s * (s.abs() == 1))
+        edge = math.pi / 4 * s.double() * (s.abs() == 1)
+        polar = torch.complex(even.where(s % 2 == 0, 0.0), edge)
         back = torch.einsum("us,svl->uvl", polar, waves.index_select(1, (-k) % fine))
         inside = (k.abs() <= lmax1 + lmax2).nonzero()[:, 0]
         self.to_waves = Constant(torch.view_as_real(waves[inside][:, inside]))
