@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -15,10 +16,23 @@ from mlip.wrappers.rotation_averaging import RotationAveraging, RotationAveragin
 def averaged(
     potentials: Sequence[Potential], rotations: str | RotationAveragingConfig | None
 ) -> list[Potential]:
-    """The potentials with the mean over rotations of their models; as they are if None."""
+    """The potentials with the mean over rotations of their models; as they are if None.
+
+    Warns of a group under which a model is exactly invariant by construction (``exact_groups``).
+    """
     if rotations is None:
         return list(potentials)
-    return [p.with_model(RotationAveraging(p.model, rotations)) for p in potentials]
+    wrapped = [p.with_model(RotationAveraging(p.model, rotations)) for p in potentials]
+    for potential in wrapped:
+        rule = potential.model.rotations
+        if rule.name in getattr(potential.model.model, "exact_groups", ()):
+            warnings.warn(
+                f"symmetrize: the model is exactly invariant under the {rule.name} group by "
+                f"construction; {len(rule)} copies give what one gives. Leave symmetrize out, or "
+                "take another rule, such as 'lebedev-11'",
+                stacklevel=3,
+            )
+    return wrapped
 
 
 def has_spread(potential: Potential) -> bool:

@@ -11,6 +11,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from numpy.random import default_rng
 
+from mlip.calculators import EqCalculator
 from mlip.config import ConfigError
 from mlip.data.graph import AtomicGraph
 from mlip.models import build
@@ -252,3 +253,15 @@ def test_published_recipe_without_a_window_is_fully_connected() -> None:
     pair = [Atoms("CO", positions=[[0, 0, 0], [0.3, 0.1, r]]) for r in (4.0, 8.0, 11.99, 12.1)]
     energies = [potential(AtomicGraph.from_atoms(a, 12.0))["energy"].item() for a in pair]
     assert abs(energies[3]) < 1e-12 and abs(energies[2]) > abs(energies[0]) > 1e-6  # grows with r
+
+
+def test_symmetrising_over_the_group_of_the_grid_is_pointless_and_said_so() -> None:
+    potential = make(orientations=12, pointwise="gelu")
+    with pytest.warns(UserWarning, match="copies give what one gives"):
+        pointless = EqCalculator(potential, symmetrize="icosahedral")
+    plain = EqCalculator(potential)
+    useful = EqCalculator(potential, symmetrize="octahedral")  # no warning: 2 cosets of 12
+    forces = plain.get_forces(ETHANOL)
+    np.testing.assert_allclose(pointless.get_forces(ETHANOL), forces, rtol=0, atol=1e-10)
+    assert pointless.get_property("energy_spread", ETHANOL) < 1e-10
+    assert np.abs(useful.get_forces(ETHANOL) - forces).max() > 1e-5
