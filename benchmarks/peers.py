@@ -52,7 +52,9 @@ def nequip(size: str, symbols: list[str], dtype: str) -> Calculator:
     from nequip.data.transforms import ChemicalSpeciesToAtomTypeMapper, NeighborListTransform
     from nequip.integrations.ase import NequIPCalculator
     from nequip.model import NequIPGNNModel
+    from nequip.utils.global_state import set_global_state
 
+    set_global_state()
     model = NequIPGNNModel(
         seed=0,
         model_dtype=dtype,
