@@ -57,11 +57,11 @@ class FrameAveragingConfig(Config):
     )
     mirrors: bool = Field(True, description="mirror images, too: O(3) instead of SO(3)")
     width: float = Field(
-        0.5,
+        1.0,
         gt=0,
         le=10,
         description="local: angstrom beyond the nearest neighbours, over which others lose their "
-        "part in the frames",
+        "part in the frames; wider: smoother and dearer",
     )
     fallback: float = Field(
         0.1, gt=0, le=10, description="local: weight of what is seen without a frame"
@@ -126,6 +126,7 @@ class FrameAveraging(nn.Module):
         for parameter in self.model.parameters():  # be where the model is
             self.to(device=parameter.device, dtype=parameter.dtype)
             break
+        self.train(getattr(model, "training", True))
 
     @property
     def config(self) -> Any:

@@ -12,15 +12,15 @@ weight vanishes, with two derivatives, where j, i, k come to lie on a line.  The
 which show a collinear neighbourhood as it is, and without neighbours the first view.  No weight and
 no view ever jumps:
 
-    u_j  = f(r_ij) s( (r_ij - d) / width ),                  d    = softmin_j r_ij
-    v_jk = f(r_ik) q(sin^2) s( (l_jk - d_j) / width ),       d_j  = softmin_k l_jk
-    l_jk = r_ik + tilt cos^2 jik,     s: from 1 at 0 to 0 at 1,     q: from 0 to 1
+    u_j  = f(r_ij) s( sum_k f(r_ik) z(r_ij - r_ik) / enough )
+    v_jk = F_k s( sum_l F_l z(l_k - l_l) / enough ),         F_k = f(r_ik) q(sin^2 jik)
+    l_k  = r_ik + tilt cos^2 jik,     s: from 1 at 0 to 0 at 1,     z: from 0 at 0 to 1 at width
 
-f is the envelope, softmin a mean with weights f, q and exp(-l / softness).  So the inner cutoffs
-adapt to the nearest neighbours, among which those at a right angle are preferred.  With mirrors
-each pair gives two views, one the mirror image of the other.  No eigenvector is taken and no square
-root of anything that can vanish: cubic sites, collinear molecules and isolated atoms are as good as
-others.
+f is the envelope and q rises from 0 to 1.  So a neighbour drops out of the frames as far as there
+are others that are nearer by ``width`` and can take its place; among equals those at a right angle
+to j are preferred.  With mirrors each pair gives two views, one the mirror image of the other.  No
+eigenvector is taken and no square root of anything that can vanish: cubic sites, collinear
+molecules and isolated atoms are as good as others.
 
 After the equivariant coordinate systems of S. Pozdnyakov and M. Ceriotti (PET, NeurIPS 2023,
 arXiv:2305.19302); the weights, inner cutoffs and the views of lower order are made here.  That
@@ -38,8 +38,8 @@ from torch import Tensor
 from mlip.nn.neighborhoods import gather_neighborhoods
 from mlip.nn.radial import polynomial_envelope
 
-SHARPNESS = 5.0  # width / softness: how little those beyond the inner cutoff say of its place
-TILT = 6.0  # tilt / width: 60 and 120 degrees are beyond the inner cutoff where there are 90
+ENOUGH = 0.5  # weight of nearer neighbours that makes a farther one superfluous
+TILT = 3.0  # tilt / width: 60 and 120 degrees are superfluous where there are 90
 COLLINEAR = (0.05, 0.5)  # sin^2 of the angle below which a pair has no weight, above which full
 
 
@@ -81,22 +81,15 @@ class Views(NamedTuple):
 
 
 def step(t: Tensor) -> Tensor:
-    """From 1 at t <= 0 to 0 at t >= 1, with two continuous derivatives."""
+    """From 1 at t <= 0 to 0 at t >= 1, with three continuous derivatives."""
     t = t.clamp(0, 1)
-    return 1 - t**3 * (10 - t * (15 - 6 * t))
+    return 1 - t**4 * (35 - t * (84 - t * (70 - 20 * t)))
 
 
-def soft_minimum(x: Tensor, weight: Tensor, beyond: float, softness: float) -> Tensor:
-    """Mean of ``x`` (..., K) with weights ``weight`` exp(-x / softness) -> (..., 1).
-
-    ``beyond`` takes part with weight one; it is what remains where all weights are zero.  The mean
-    is never less than the least ``x`` of those that count.
-    """
-    x = torch.where(weight > 0, x, beyond)
-    least = x.detach().amin(dim=-1, keepdim=True).clamp(max=beyond)
-    p = weight * ((least - x) / softness).exp()
-    rest = ((least - beyond) / softness).exp()
-    return ((p * x).sum(-1, keepdim=True) + rest * beyond) / (p.sum(-1, keepdim=True) + rest)
+def needed(length: Tensor, weight: Tensor, width: float) -> Tensor:
+    """The weights (n, K) of those that have not enough others before them, at less length."""
+    before = 1 - step((length[:, :, None] - length[:, None, :]) / width)  # (n, K, K)
+    return weight * step((before @ weight[:, :, None])[..., 0] / ENOUGH)
 
 
 def local_views(
@@ -105,7 +98,7 @@ def local_views(
     num_atoms: int,
     cutoff: float,
     *,
-    width: float = 0.5,
+    width: float = 1.0,
     fallback: float = 0.1,
     mirrors: bool = True,
 ) -> Views:
@@ -117,8 +110,8 @@ def local_views(
     edge_index : (2, E)
     num_atoms : N
     cutoff : angstrom
-    width : angstrom; over which the neighbours that make frames lose their weight. Wider: smoother
-        weights, more views
+    width : angstrom; by which others have to be nearer for a neighbour to lose its part in the
+        frames. Wider: smoother weights, more views
     fallback : w0, weight of the views without all directions
     mirrors : whether views come with their mirror images, for invariance under O(3) instead of
         SO(3)
@@ -128,7 +121,7 @@ def local_views(
     Views
         Differentiable twice in ``vectors``. Pairs and axes without weight are left out.
     """
-    N, E, softness, tilt = num_atoms, len(vectors), width / SHARPNESS, TILT * width
+    N, E = num_atoms, len(vectors)
     i = edge_index[1]
     hood = gather_neighborhoods(vectors, edge_index, N, cutoff)
     v = hood.vectors  # (N, K, 3)
@@ -140,7 +133,7 @@ def local_views(
     r = v.norm(dim=-1)
     unit = v / r[..., None]
     f = polynomial_envelope(r / cutoff) * filled
-    u = f * step((r - soft_minimum(r, f, cutoff, softness)) / width)
+    u = needed(r, f, width)
 
     # Axes: P of them, each of an atom and one of its slots.
     owner, first = torch.nonzero(u > 0, as_tuple=True)
@@ -155,8 +148,7 @@ def local_views(
     cos2 = cos.square()
     low, high = COLLINEAR
     weight = f_axis * (1 - step((1 - cos2 - low) / (high - low)))
-    l = r_axis + tilt * cos2
-    weight = weight * step((l - soft_minimum(l, weight, cutoff + tilt, softness)) / width)
+    weight = needed(r_axis + TILT * width * cos2, weight, width)
     pair, second = torch.nonzero(weight > 0, as_tuple=True)
     a, atom = axis.index_select(0, pair), owner.index_select(0, pair)
     normal = torch.linalg.cross(a, unit[atom, second])  # longer than the root of ``low``

@@ -45,7 +45,9 @@ class Eigen(torch.autograd.Function):
         gap = values[:, None, :] - values[:, :, None]  # lambda_b - lambda_a
         small = (SMALLEST_GAP * values.abs().sum(dim=1)).square()[:, None, None]
         tiny = torch.finfo(gap.dtype).tiny  # of a single atom all is zero
-        inner = (V.mT @ g_V) * gap / (gap.square() + small + tiny) + torch.diag_embed(g_values)
+        other = 1 - torch.eye(3, dtype=gap.dtype, device=gap.device)
+        inner = other * (V.mT @ g_V) * (gap / (gap.square() + small + tiny))
+        inner = inner + torch.diag_embed(g_values)
         g = V @ inner @ V.mT
         return (g + g.mT) / 2
 
