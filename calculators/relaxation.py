@@ -1,8 +1,8 @@
 """Relaxation of structures: positions alone, or with the cell under pressure and with the symmetry
 kept.
 
-Thin over ASE: its optimizers, ``FrechetCellFilter`` for the cell, ``FixSymmetry`` for the space
-group.  A structure that fails says why, and the others are finished.  ``relax`` takes one structure
+Thin over ASE: its optimizers, its ``FixSymmetry`` for the space group; ``LogStrainFilter`` for the
+cell.  A structure that fails says why, and the others are finished.  ``relax`` takes one structure
 after the other; ``relax_many`` moves many at a time, each by an optimizer of its own, and evaluates
 them in batches: the same steps, and faster for small structures.
 """
@@ -19,12 +19,12 @@ import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import BaseCalculator
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.filters import FrechetCellFilter
 from ase.io import read
 from ase.optimize import BFGS, FIRE, LBFGS, BFGSLineSearch
 from ase.optimize.fire2 import FIRE2
 
 from mlip.calculators.eq_calculator import EqCalculator, batches
+from mlip.calculators.log_strain_filter import LogStrainFilter
 
 OPTIMIZERS: dict[str, Any] = {
     "FIRE": FIRE,
@@ -279,7 +279,7 @@ class _Relaxation:
         self.volume = abs(atoms.cell.volume)
         self.target = atoms
         if s.cell:
-            self.target = FrechetCellFilter(atoms, scalar_pressure=s.pressure * units.GPa)
+            self.target = LogStrainFilter(atoms, s.pressure * units.GPa)
         self.optimizer = BY_NAME[s.optimizer.lower()](self.target, logfile=None)
 
     def _record(self) -> None:
