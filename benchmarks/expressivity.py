@@ -20,7 +20,7 @@ from mlip.models import MODELS, build
 from mlip.training.config import SIZES
 
 DEPTHS = ("num_layers", "num_rounds", "num_interactions")
-TOLD = 1e-9  # a hundred thousand times rounding
+TOLD = 1e-11  # ten thousand times rounding
 
 
 def main() -> None:

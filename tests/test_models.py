@@ -65,6 +65,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ponita-gelu": ("ponita", {**SMALL["ponita"], "orientations": 12, "pointwise": "gelu"}),
     "ponita-positions": ("ponita", {**SMALL["ponita"], "orientations": 0}),
     "escaip-soft-knn": ("escaip", {**SMALL["escaip"], "graph": "soft_knn", "max_neighbors": 5}),
+    "facet-field": ("facet", {**SMALL["facet"], "field": (0.3, -0.2, 0.5)}),
+    "escaip-field": ("escaip", {**SMALL["escaip"], "field": (0.3, -0.2, 0.5)}),
     "environment-local": ("environment", SMALL["environment"]),
     "transip-local": ("transip", SMALL["transip"]),
     "escaip-local": ("escaip", {**SMALL["escaip"], "angular": "vectors", "num_layers": 1}),

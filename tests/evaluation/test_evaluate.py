@@ -10,6 +10,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
+from ase.data import chemical_symbols
 
 from mlip import checkpoint
 from mlip.data.dataset import HDF5Dataset
@@ -85,6 +86,37 @@ def test_errors_are_those_of_numpy(data: Path, toy: Potential) -> None:
         assert total[q]["count"] == len(e)
         assert total[q]["mae"] == pytest.approx(np.abs(e).mean(), abs=1e-10)
         assert total[q]["rmse"] == pytest.approx(np.sqrt((e**2).mean()), abs=1e-10)
+
+
+def test_the_worst_groups_are_named(data: Path, toy: Potential, tmp_path: Path) -> None:
+    report = evaluate_file(toy, data)
+    errors: dict[str, list[float]] = {}
+    dataset = HDF5Dataset(data, toy.cutoff)
+    for k in range(11):
+        graph = dataset[k]
+        forces = (toy(graph)["forces"] - graph.forces).abs().mean(dim=1).tolist()
+        for z, error in zip(graph.atomic_numbers.tolist(), forces, strict=True):
+            if not np.isnan(error):
+                errors.setdefault(chemical_symbols[z], []).append(error)
+    found = {name: e["forces"]["mae"] for name, e in report.kinds["element"].items()}
+    assert found == pytest.approx({name: np.mean(e) for name, e in errors.items()}, abs=1e-10)
+    worst = max(found, key=lambda name: found[name])
+    lines = [line for line in report.text().splitlines() if line.startswith("worst")]
+    assert len(lines) == 3 and f"element {worst} " in lines[1]
+    assert lines[0].startswith("worst energy MAE: config_type ") and "element" not in lines[0]
+    for name in errors:
+        assert f"element {name} " in report.text()
+
+
+def test_one_element_and_no_types_still_have_a_worst(toy: Potential, tmp_path: Path) -> None:
+    with HDF5Writer(tmp_path / "a.h5") as file:
+        for k in range(3):
+            atoms = bulk("Cu", cubic=True)
+            arrays = (atoms.numbers, atoms.positions, np.array(atoms.cell), atoms.pbc)
+            file.append(*arrays, forces=np.full((4, 3), 0.1), group=f"run{k}")
+    text = evaluate_file(toy, tmp_path / "a.h5").text()
+    assert "worst forces MAE: group run" in text and ", element Cu 100" in text
+    assert "\ngroup run0 " in text and "\nelement Cu" not in text
 
 
 def test_evaluation_restores_the_mode(data: Path, toy: Potential) -> None:
