@@ -173,13 +173,15 @@ def turned_at_random(graph: AtomicGraph) -> Tensor:
 class Kernels(nn.Module):
     """R_n P_l for all pairs of an edge and an orientation, by the addition theorem.
 
-    (N, LM, B, J) harmonics times radial functions -> (O N, K, J), K = (l, n).  Linear, so that of
-    all that is as large as this nothing but itself and its gradient is ever made.
+    (N, LM, B, J) harmonics times radial functions -> (H N, K, J), K = (l, n), for one of each pair
+    o, -o.  Linear, so that of all that is as large as this nothing but itself and its gradient is
+    ever made.
     """
 
     def __init__(self, grid: Orientations, lmax: int) -> None:
         super().__init__()
-        Y = SphericalHarmonics(lmax).double()(grid.points.exact)  # (O, LM)
+        half = grid.points.exact[: grid.half_size]
+        Y = SphericalHarmonics(lmax).double()(half)  # (H, LM)
         l = degree_of_component(lmax)
         # Component normalisation: mean square one for each kernel.
         self.Y = Constant(Y / (2 * l + 1).double().sqrt())
@@ -263,9 +265,13 @@ class Density(nn.Module):
 class SpaceConvolution(nn.Module):
     """Convolution over positions at each orientation, then over orientations.
 
+    P_l(-x) = (-1)^l P_l(x): the same kernels serve o and -o, the messages of which are columns of
+    one matrix; the sign comes in after the analysis, where it is that of degree l times that of lm.
+
     Operations for each atom, J neighbours: J O K S for the sum, LM O K S for the analysis, LM K S
-    2M for the weights, which would be O K S 2M before it.  In memory there are O K S, and O J S of
-    messages; a kernel for each channel would be O J C, several times over.
+    2C for the weights, which would be O K S 2C before it.  In memory there are J O K / 2 kernels
+    for all layers, and J O S messages and O K S sums; a kernel for each channel would be J O C,
+    several times over in each layer.
     """
 
     def __init__(self, c: PonitaConfig, grid: Orientations) -> None:
@@ -274,17 +280,26 @@ class SpaceConvolution(nn.Module):
         self.grid = [grid]  # in a list: shared, not a part of this block
         self.send = nn.Linear(c.channels, S, bias=False)
         self.send_species = nn.Linear(c.channels, S, bias=False)
-        fan_in = (L + 1) * c.num_basis * S
-        self.fiber = LinearByDegree(fiber, fan_in + c.channels, 2 * c.channels)
+        K = (L + 1) * c.num_basis
+        self.fiber = LinearByDegree(fiber, K * S + c.channels, 2 * c.channels)
+        l = torch.arange(L + 1).repeat_interleave(c.num_basis)
+        sign = 1.0 - 2 * ((degree_of_component(fiber)[:, None] + l) % 2)  # (LM, K)
+        pairs = c.grid // grid.half_size
+        signs = torch.stack([torch.ones_like(sign), sign][:pairs], dim=-1)
+        self.sign = Constant(signs.double()[:, None, :, :, None])  # (LM, 1, K, 2, 1)
+        self.from_half = Constant(grid.from_grid.exact[:, : grid.half_size])
 
     def forward(self, x: Tensor, species: Tensor, kernels: Tensor, neighbors: Tensor) -> Tensor:
-        (O, N, _), (_, _, J) = x.shape, kernels.shape
+        (O, N, _), (HN, K, J) = x.shape, kernels.shape
+        H = HN // N
         g = self.send(x) + self.send_species(species)  # (O, N, S)
-        g = g.index_select(1, neighbors).view(O * N, J, -1)
-        T = torch.bmm(kernels, g).view(O, N, -1)  # (O, N, K S)
+        g = g.view(O // H, H, N, -1).permute(1, 2, 0, 3).flatten(2)  # (H, N, 2S)
+        g = g.index_select(1, neighbors).view(HN, J, -1)
+        T = torch.bmm(kernels, g).view(H, -1)  # (H, N K 2S)
+        A = (self.from_half() @ T).view(-1, N, K, O // H, g.shape[-1] * H // O)
+        A = (A * self.sign()).sum(dim=3).flatten(2)  # (LM, N, K S)
         (grid,) = self.grid
-        A = torch.cat([grid.analysis(T), grid.analysis(x)], dim=-1)  # (LM, N, K S + C)
-        return self.fiber(A)
+        return self.fiber(torch.cat([A, grid.analysis(x)], dim=-1))
 
 
 class LinearByDegree(nn.Module):

@@ -68,6 +68,7 @@ class Orientations(SphereGrid):
             )
         points, weights = vertices(number)
         Y = SphericalHarmonics(lmax).double()(points)  # (O, LM)
+        self.half_size = max(1, number // 2)  # the others are the opposites of these
         self.points, self.weights = Constant(points), Constant(weights)
         self.to_grid = Constant(Y)
         self.from_grid = Constant((Y * weights[:, None]).T.contiguous())
@@ -93,7 +94,10 @@ class Orientations(SphereGrid):
 
 
 def vertices(number: int) -> tuple[Tensor, Tensor]:
-    """(O, 3) unit vectors and (O,) weights of sum one, float64."""
+    """(O, 3) unit vectors and (O,) weights of sum one, float64.
+
+    The second half of the points are the opposites of the first, in the same order.
+    """
     golden = (1 + math.sqrt(5)) / 2
     signs = list(itertools.product((1.0, -1.0), repeat=2))
 
@@ -117,4 +121,8 @@ def vertices(number: int) -> tuple[Tensor, Tensor]:
     weights = torch.full((number,), 1 / number, dtype=torch.float64)
     if number == 32:
         weights[:12], weights[12:] = 5 / 14 / 12, 9 / 14 / 20
+    if number > 1:
+        half = points @ torch.tensor([1.0, 0.1, 0.01], dtype=torch.float64) > 0
+        points, weights = points[half], weights[half].repeat(2)
+        points = torch.cat([points, -points])
     return points, weights

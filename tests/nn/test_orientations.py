@@ -72,6 +72,13 @@ def test_synthesis_analysis_mean(number: int) -> None:
     torch.testing.assert_close(grid.mean(f), A[0], rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("number", GRIDS)
+def test_the_second_half_is_opposite_to_the_first(number: int) -> None:
+    grid = Orientations(number, 1)
+    assert grid.half_size == number // 2
+    assert torch.equal(grid.points.exact[grid.half_size :], -grid.points.exact[: grid.half_size])
+
+
 def test_no_other_numbers_and_no_more_than_they_resolve() -> None:
     with pytest.raises(ValueError, match="no 13 orientations"):
         Orientations(13, 1)
