@@ -39,7 +39,7 @@ from mlip.nn.neighborhoods import gather_neighborhoods
 from mlip.nn.radial import polynomial_envelope
 
 ENOUGH = 0.5  # weight of nearer neighbours that makes a farther one superfluous
-TILT = 3.0  # tilt / width: 60 and 120 degrees are superfluous where there are 90
+TILT = 2.0  # tilt / width: 60 and 120 degrees are superfluous where there are 90
 COLLINEAR = (0.05, 0.5)  # sin^2 of the angle below which a pair has no weight, above which full
 
 
