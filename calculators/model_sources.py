@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import glob
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,16 @@ def own_potentials(
         return [own.eval().requires_grad_(False)]
     if isinstance(model, str | os.PathLike):
         paths = find_models(model)
-        return [load(path, device=device, dtype=dtype).requires_grad_(False) for path in paths]
+        found = [load(path, device=device, dtype=dtype).requires_grad_(False) for path in paths]
+        for path, one in zip(paths, found, strict=True):
+            training = one.metadata.get("training")
+            if isinstance(training, dict) and training.get("objective") is not None:
+                warnings.warn(
+                    f"{path} was pre-trained ({str(training['objective'])[:40]}): its energies and "
+                    f"forces mean nothing yet; fine-tune it on labels with init_from",
+                    stacklevel=4,
+                )
+        return found
     if isinstance(model, Sequence) and model:
         return [one for member in model for one in own_potentials(member, device, dtype)]
     if isinstance(model, torch.nn.Module):

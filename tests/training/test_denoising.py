@@ -12,6 +12,7 @@ from ase.build import bulk
 from ase.units import kB
 
 from mlip import checkpoint
+from mlip.calculators import EqCalculator
 from mlip.data.dataset import HDF5Dataset
 from mlip.data.graph import AtomicGraph
 from mlip.data.hdf5 import HDF5Writer
@@ -127,6 +128,8 @@ def test_a_training_with_labels_starts_from_it(
         schedule={"max_epochs": 2},
     )
     best = train(first)
+    with pytest.warns(UserWarning, match="pre-trained .denoising.*init_from"):
+        EqCalculator(best)
     frozen = {"lr": 1e-30, "muon_lr": 1e-30, "weight_decay": 0.0, "ema_decay": None}
     second = configure("second", init_from=str(best), optimizer=frozen, schedule={"max_epochs": 1})
     a, b = checkpoint.load(best), checkpoint.load(train(second))
