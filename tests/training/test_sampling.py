@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mlip.data.dataset import HDF5Dataset
 from mlip.data.loader import GraphLoader, systematic_sample
@@ -22,7 +24,13 @@ from mlip.training.sampling import (
 )
 from mlip.training.sampling_config import SamplingConfig
 from mlip.training.trainer import BEST, LAST, STATE, Interrupted
-from tests.training.conftest import assert_same_bits, tensors, write_copper
+from tests.training.conftest import (
+    assert_same_bits,
+    free_port,
+    tensors,
+    train_in_group,
+    write_copper,
+)
 from tests.training.test_trainer import log_without_times, stop_at
 
 Configure = Callable[..., TrainConfig]
@@ -172,6 +180,27 @@ def test_a_weighted_run_continues_to_the_bit(
     assert state["sampling.history"].shape == (7, 2, 2)
     assert int(state["sampling.shown"].sum()) == 7 * 14
     assert "sampling: " in (whole.run_dir / "train.log").read_text()
+
+
+def test_two_processes_weigh_alike(configure: Configure, spawn: Any) -> None:
+    options: dict[str, Any] = {
+        "sampling": {"first": 3},
+        "optimizer": {"ema_decay": 0.3, "lr": 0.02, "muon_lr": 0.02},
+        "loss": {"kind": "mse", "stress": 0},
+        "schedule": {"max_epochs": 5},
+    }
+    one, two = configure("one", **options), configure("two", **options)
+    port = free_port()
+    children = [spawn(train_in_group, two, rank, 2, port) for rank in range(2)]
+    train(one)
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+    a, b = (tensors(c.run_dir / STATE) for c in (one, two))
+    assert not bool((a["sampling.weights"] == 1).all())
+    for name in ("shown", "weights", "history"):
+        x, y = a[f"sampling.{name}"], b[f"sampling.{name}"]
+        assert torch.allclose(x, y, rtol=1e-6, atol=0)
 
 
 def test_another_sampling_is_another_run(configure: Configure) -> None:
