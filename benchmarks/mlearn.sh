@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # mlearn Si, Cu, Li, Mo with one configuration and the published split: errors on the test set, then
 # the relaxed crystal and its equation of state.
-#   MLIP_DATASETS=/path/to/datasets benchmarks/mlearn.sh [minutes per element] [elements...]
+#   MLIP_DATASETS=/path/to/datasets benchmarks/mlearn.sh [minutes per element at most] [elements...]
 # Training takes one thread, so that two elements may run side by side on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +13,7 @@ for element in ${@:-Si Cu Li Mo}; do
     [ -f "$out/${element}_$part.h5" ] || mlip convert "$data/mlearn/${element}_$part.xyz.gz" "$out/${element}_$part.h5"
   done
   mlip train benchmarks/mlearn.yaml "data.train=$out/${element}_train.h5" "data.test=$out/${element}_test.h5" \
-    "run_dir=$out/$element" "schedule.max_time=${minutes}m" "schedule.max_epochs=null" resume=auto \
+    "run_dir=$out/$element" "schedule.max_time=${minutes}m" resume=auto \
     "runtime.num_threads=1" "logging.progress=false" > "benchmarks/results/mlearn_$element.log" 2>&1
   python benchmarks/equilibrium.py "$out/$element/best.safetensors" "$element" \
     --out "benchmarks/results/equilibrium_$element.json"
