@@ -193,7 +193,9 @@ def exponent(degrees: list[int], milliseconds: list[float]) -> float:
     return round(float(slope), 2)
 
 
-def measure(allocator: str, threads: int, rounds: int, degrees: list[int]) -> dict[str, object]:
+def measure(
+    allocator: str, threads: int, rounds: int, degrees: list[int], only: str
+) -> dict[str, object]:
     """Everything, in this process."""
     if allocator == "tuned":
         from mlip.training.run import tune_allocator
@@ -203,14 +205,15 @@ def measure(allocator: str, threads: int, rounds: int, degrees: list[int]) -> di
     table = {}
     for L in degrees:
         forms, counts = product_forms(L)
-        product = timed(forms, rounds)
-        edges = timed(edge_forms(L), rounds)
+        product = timed({name: form for name, form in forms.items() if only in name}, rounds)
+        edges = {} if only else timed(edge_forms(L), rounds)
         times_faster = {
             kind: {
                 which: round(product[f"e3nn {kind}"][which] / product[f"gaunt {kind}"][which], 2)
                 for which in WHICH
             }
             for kind in ("forward", "forward + backward", "twice")
+            if f"gaunt {kind}" in product
         }
         table[L] = {
             "product": product,
@@ -223,6 +226,7 @@ def measure(allocator: str, threads: int, rounds: int, degrees: list[int]) -> di
     slopes = {
         f"{name} ({which})": exponent(degrees, [table[L]["product"][name][which] for L in degrees])
         for name in (*names, "split forward")
+        if name in product
         for which in WHICH
     }
     return {"exponents": slopes, "degrees": table}
@@ -235,15 +239,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--degrees", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6])
+    parser.add_argument("--only", default="", help="products whose name has this in it, no edges")
     parser.add_argument("--allocator", choices=["tuned", "default"], help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gaunt_product.json")
     a = parser.parse_args()
     if a.allocator:  # the process of one setting
-        print(json.dumps(measure(a.allocator, a.threads, a.rounds, a.degrees)))
+        print(json.dumps(measure(a.allocator, a.threads, a.rounds, a.degrees, a.only)))
         return
     result = {"cpu": cpu_name(), "threads": a.threads, "rows": ROWS, "channels": CHANNELS}
     options = ["--threads", str(a.threads), "--rounds", str(a.rounds)]
-    options += ["--degrees", *map(str, a.degrees)]
+    options += ["--only", a.only, "--degrees", *map(str, a.degrees)]
     for allocator in ("default", "tuned"):
         command = [sys.executable, "-W", "ignore", __file__, "--allocator", allocator, *options]
         answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

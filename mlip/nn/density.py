@@ -63,53 +63,54 @@ class Density(nn.Module):
             nn.Parameter(torch.randn(p, num_basis * S, channels) / math.sqrt(fan_in))
             for p, S in zip(paths, degrees, strict=True)
         )
+        self.filter_components = (min(lmax, 2) + 1) ** 2
         self.register_buffer("degree", degree_of_component(lmax), persistent=False)
 
     def forward(self, edges: Tensor, messages: list[Tensor], neighbors: Tensor) -> Tensor:
         N, _, K = edges.shape
+        B, S = self.num_basis, self.degrees
         g = torch.cat(messages, dim=-1).index_select(0, neighbors).view(N, K, -1)
-        S0 = self.degrees[0]
-        T = torch.bmm(edges, g[..., :S0])  # (N, LM B, S0)
-        T = T.view(N, -1, self.num_basis * S0).transpose(0, 1)  # (LM, N, B S0)
+        widths = [(2 * l + 1) * n for l, n in enumerate(S)]
+        scalars, others = g.split([widths[0], sum(widths[1:])], dim=-1)
+        T = torch.bmm(edges, scalars)  # (N, LM B, S0)
+        T = T.view(N, -1, B * S[0]).transpose(0, 1)  # (LM, N, B S0)
         A = torch.bmm(T, self.weights[0].index_select(0, self.degree))
-        first = S0
-        couplings = cast(Iterable[Coupling], self.couplings)
-        weights = list(self.weights)[1:]
-        for coupling, S, weight in zip(couplings, self.degrees[1:], weights, strict=True):
-            width = (2 * coupling.l + 1) * S
-            rows = coupling.filter_components * self.num_basis
-            T = torch.bmm(edges[:, :rows], g[..., first : first + width])  # (N, lm B, m' S)
-            first += width
-            T = coupling(
-                T.view(N, coupling.filter_components, self.num_basis, 2 * coupling.l + 1, S)
+        if len(S) > 1:
+            # One product and one slice for all degrees: a gradient of a slice is as large as what
+            # it was cut from.
+            rows = self.filter_components
+            T = torch.bmm(edges[:, : rows * B], others)  # (N, lm B, m' S of all degrees)
+            couplings = cast(Iterable[Coupling], self.couplings)
+            parts = zip(
+                couplings, list(self.weights)[1:], T.split(widths[1:], -1), S[1:], strict=True
             )
-            T = torch.bmm(T, weight.index_select(0, coupling.path))  # (Q, N, C)
-            A = A.index_add(0, coupling.component, T)
+            for coupling, weight, part, n in parts:
+                T = coupling(part.reshape(N, rows, B, -1, n))
+                T = torch.bmm(T, weight.index_select(0, coupling.path))  # (Q, N, C)
+                A = A + (coupling.collect() @ T.flatten(1)).view(A.shape)
         return A
 
 
 class Coupling(nn.Module):
     """Clebsch-Gordan coupling Y_l1 x g_l -> all l3 <= L of natural parity, l1 <= 2.
 
-    (N, lm, B, m', S) -> (Q, N, B S), Q components of all paths; ``path`` and ``component`` say
-    which.
+    (N, lm, B, m', S) -> (Q, N, B S), Q components of all paths; ``path`` says of which, ``collect``
+    adds up those that are one component of A.
     """
 
     path: Tensor  # (Q,)
-    component: Tensor  # (Q,)
 
     def __init__(self, lmax: int, l: int) -> None:
         super().__init__()
-        self.l = l
         filter_max = min(lmax, 2)
-        self.filter_components = (filter_max + 1) ** 2
+        components = (filter_max + 1) ** 2
         rows, path, component, num = [], [], [], 0
         for l1 in range(filter_max + 1):
             for l3 in range(abs(l1 - l), min(l1 + l, lmax) + 1):
                 if (l1 + l + l3) % 2:
                     continue  # would have unnatural parity
                 C = clebsch_gordan(l1, l, l3) * math.sqrt(2 * l3 + 1)  # (m1, m, m3)
-                block = torch.zeros(2 * l3 + 1, self.filter_components, 2 * l + 1, dtype=C.dtype)
+                block = torch.zeros(2 * l3 + 1, components, 2 * l + 1, dtype=C.dtype)
                 block[:, l1 * l1 : (l1 + 1) ** 2] = C.permute(2, 0, 1)
                 rows.append(block.flatten(1))
                 path += [num] * (2 * l3 + 1)
@@ -118,7 +119,7 @@ class Coupling(nn.Module):
         self.num_paths = num
         self.matrix = Constant(torch.cat(rows))  # (Q, lm m')
         self.register_buffer("path", torch.tensor(path), persistent=False)
-        self.register_buffer("component", torch.tensor(component), persistent=False)
+        self.collect = Constant(torch.eye((lmax + 1) ** 2, dtype=torch.float64)[:, component])
 
     def forward(self, T: Tensor) -> Tensor:
         N, _, B, _, S = T.shape
