@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,9 @@ import numpy as np
 from ase import Atoms
 from ase.build import bulk, fcc111, molecule
 from ase.io import read, write
+from mace_weights import to_mlip
 from numpy.random import default_rng
+from speed import cpu_name
 
 HERE = Path(__file__).parent
 SIDES = ("mlip", "mace")
@@ -154,6 +155,25 @@ def agreement(workers: dict[str, Worker], folder: str) -> dict[str, Any]:
     return table
 
 
+def fixture(workers: dict[str, Worker], folder: str, out: Path) -> None:
+    """A tiny model of mace-torch with energies and forces, as a file for the tests."""
+    frames = [atoms for atoms in structures() if set(atoms.numbers) <= {1, 6, 8, 11, 17}]
+    h = {**BASE, "channels": 2, "radial_hidden": [4, 4], "readout_hidden": 3, "cutoff": 4.0}
+    h |= {"elements": [1, 6, 8, 11, 17], "e0": [0.0] * 5, "avg_num_neighbors": 3.0}
+    write(f"{folder}/fixture.xyz", frames)
+    workers["mace"]("build", hyperparameters=h, save=f"{folder}/w.npz", seed=0, dtype="float64")
+    workers["mace"]("read", name="fixture", file=f"{folder}/fixture.xyz")
+    workers["mace"]("evaluate", name="fixture", save=f"{folder}/e.npz")
+    arrays = to_mlip(dict(np.load(f"{folder}/w.npz")), h)
+    for k, atoms in enumerate(read(f"{folder}/fixture.xyz", ":")):
+        for key in ("numbers", "positions", "pbc"):
+            arrays[f"{key}/{k}"] = atoms.arrays[key] if key in atoms.arrays else atoms.pbc
+        arrays[f"cell/{k}"] = np.array(atoms.cell)
+    own = {key: h[key] for key in h if key not in ("e0", "scale")}
+    arrays["hyperparameters"] = np.array(json.dumps(own))
+    np.savez_compressed(out, **arrays, **dict(np.load(f"{folder}/e.npz")))
+
+
 def load(datasets: Path, folder: str) -> dict[str, dict[str, Any]]:
     """Training and validation structures of 3BPA and of silicon, with reference energies by least
     squares."""
@@ -275,6 +295,7 @@ def main() -> None:
     parser.add_argument(
         "--train", type=float, metavar="MINUTES", help="in all, instead of the rest"
     )
+    parser.add_argument("--fixture", type=Path, help="write the file of the tests, nothing else")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sets", nargs="+", choices=["3BPA", "Si"], default=["3BPA", "Si"])
     parser.add_argument("--isolated", choices=["zero", "learned"], default="zero")
@@ -294,10 +315,12 @@ def main() -> None:
     )
     workers = {side: Worker(side, a.threads, environment) for side in SIDES}
     result: dict[str, Any] = {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "threads": a.threads,
     }
     with tempfile.TemporaryDirectory() as folder:
+        if a.fixture:
+            return fixture(workers, folder, a.fixture)
         data = load(Path(os.environ["MLIP_DATASETS"]), folder)
         if a.train:
             result["training"] = train(workers, data, folder, a)

@@ -26,10 +26,12 @@ def to_mlip(theirs: Arrays, h: dict[str, Any]) -> Arrays:
         lmax_in = 0 if t == 0 else h["lmax"]
         lmax_out = 0 if t == T - 1 else h["lmax"]
         ours[mine + "convolution.up.weight"] = by_degree(theirs[a + "linear_up.weight"], C)
-        for k in range(len(h["radial_hidden"]) + 1):
-            ours[mine + f"convolution.radial.{2 * k}.weight"] = theirs[
-                a + f"conv_tp_weights.layer{k}.weight"
-            ]
+        radial = a + "conv_tp_weights.layer{}.weight"
+        depth = len(h["radial_hidden"])
+        for k in range(depth):
+            ours[mine + f"convolution.radial.{2 * k}.weight"] = theirs[radial.format(k)]
+        last = theirs[radial.format(depth)]
+        ours[mine + "convolution.weights"] = last.reshape(len(last), -1, C)
         blocks = by_degree(theirs[a + "linear.weight"], C)
         start = 0
         for l in range(h["max_ell"] + 1):

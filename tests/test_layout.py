@@ -30,6 +30,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "mlip.nn.zbl": ({"mlip.nn"}, {"ase.data", "ase.units"}),
     "mlip.nn.cohesion": ({"mlip.nn"}, {"ase.data"}),
     "mlip.nn.rotations": ({"mlip.nn"}, {"scipy"}),
+    "mlip.nn.cuequivariance_blocks": ({"mlip.nn"}, {"cuequivariance", "cuequivariance_torch"}),
     "mlip.data": (
         {"mlip.data", "mlip.config"},
         {"ase", "h5py", "matscipy", "torch_geometric", "rich", "scipy"},
@@ -44,6 +45,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "mlip.potential": ({"mlip.nn", "mlip.data.graph"}, set()),
     "mlip.rotation_orbit": ({"mlip.potential", "mlip.nn", "mlip.data.graph"}, set()),
+    "mlip.backends": ({"mlip.models", "mlip.potential", "mlip.nn", "mlip.data.graph"}, set()),
     "mlip.pretrained": (set(), set()),
     "mlip.tensorfile": (set(), {"safetensors"}),
     "mlip.modelcard": ({"mlip.pretrained", "mlip.tensorfile"}, set()),
@@ -66,7 +68,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "mlip.calculators": (
         {"mlip.calculators", "mlip.checkpoint", "mlip.pretrained", "mlip.potential", "mlip.data"}
-        | {"mlip.rotation_orbit", "mlip.wrappers"},
+        | {"mlip.rotation_orbit", "mlip.wrappers", "mlip.backends"},
         {"ase", "matscipy", "matplotlib", "rich", "scipy", "spglib"},
     ),
     "mlip.cli": ({"mlip"}, {"typer", "rich", "ase"}),

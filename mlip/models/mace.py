@@ -56,7 +56,9 @@ class MACEConfig(Config):
     max_ell: int = Field(3, ge=1, le=4, description="largest degree of the harmonics")
     num_basis: int = Field(8, ge=1, le=64, description="Bessel functions")
     envelope_power: int = Field(5, ge=2, le=20, description="p of the polynomial envelope")
-    radial_hidden: tuple[int, ...] = Field((64, 64, 64), description="widths of the radial network")
+    radial_hidden: tuple[int, ...] = Field(
+        (64, 64, 64), min_length=1, description="widths of the radial network"
+    )
     readout_hidden: int = Field(16, ge=1, le=1024, description="width of the last readout")
     gate: bool = Field(False, description="NequIP's gate after each layer")
     reduced: bool = Field(
@@ -216,7 +218,7 @@ class Layer(nn.Module):
         # Without products of densities, nobody reads the degrees that the output does not have.
         density = lmax_out if c.correlation == 1 else c.max_ell
         self.convolution = Convolution(c, lmax_in, density)
-        self.contraction = SymmetricContraction(
+        self.contraction: nn.Module = SymmetricContraction(
             density, lmax_out, c.correlation, C, num_elements, reduced=c.reduced
         )
         self.update = DegreeLinear(lmax_out, C)
@@ -248,55 +250,82 @@ class Convolution(nn.Module):
         self.avg_num_neighbors = c.avg_num_neighbors
         self.up = DegreeLinear(lmax_in, C)
         # (l1, l2, l) of natural parity, by l; the order of the radial weights.
-        self.paths = [
+        paths = [
             (l1, l2, l)
             for l in range(lmax + 1)
             for l1 in range(lmax_in + 1)
             for l2 in range(abs(l - l1), min(l + l1, c.max_ell) + 1)
             if (l1 + l2 + l) % 2 == 0
         ]
-        self.radial = ScaledMLP((c.num_basis, *c.radial_hidden, len(self.paths) * C))
+        self.radial = ScaledMLP((c.num_basis, *c.radial_hidden))
+        self.activation = ScaledSiLU()
+        self.weights = nn.Parameter(torch.randn(c.radial_hidden[-1], len(paths), C))
+        self.sums: nn.Module = PathSums(paths, c.max_ell)
         self.mix = nn.ParameterList(
-            nn.Parameter(torch.randn(sum(path[2] == l for path in self.paths) * C, C))
+            nn.Parameter(torch.randn(sum(path[2] == l for path in paths) * C, C))
             for l in range(lmax + 1)
         )
-        self.couplings = Constant(self._couplings(c.max_ell))
-
-    def _couplings(self, max_ell: int) -> Tensor:
-        """(LM, columns): Y -> Q_p[m, m1] = sum_m2 CG Y_l2m2 of all paths with l1 > 0."""
-        columns = [torch.zeros((max_ell + 1) ** 2, 0, dtype=torch.float64)]
-        for l1, l2, l in self.paths:
-            if l1 > 0:
-                block = torch.zeros((max_ell + 1) ** 2, (2 * l + 1) * (2 * l1 + 1)).double()
-                CG = clebsch_gordan(l1, l2, l) * math.sqrt(2 * l + 1)
-                block[l2 * l2 : (l2 + 1) ** 2] = CG.permute(1, 2, 0).flatten(1)
-                columns.append(block)
-        return torch.cat(columns, dim=1)
 
     def forward(self, h: Tensor, edges: Edges) -> Tensor:
-        (N, K, _), C = edges.Y.shape, h.shape[-1]
-        R = self.radial(edges.radial).view(N, K, -1, C)  # (N, K, P, C)
-        u = self.up(h).transpose(0, 1)  # (N, LM_in, C)
-        u = u.flatten(1).index_select(0, edges.neighbors).view(N, K, -1, C)
-        Y = edges.Y.mT  # (N, LM, K)
-        Q = (edges.Y @ self.couplings()).mT  # (N, columns, K)
-        sums: list[list[Tensor]] = [[] for _ in self.mix]
-        column = 0
-        for p, (l1, _, l) in enumerate(self.paths):
-            n = 2 * l1 + 1
-            if l1 == 0:  # the coupling is the identity
-                left = Y[:, l * l : (l + 1) ** 2]
-            else:
-                left = Q[:, column : column + (2 * l + 1) * n].unflatten(1, (2 * l + 1, n))
-                left = left.transpose(2, 3).flatten(2)  # (N, 2l+1, K n)
-                column += (2 * l + 1) * n
-            right = R[:, :, p, None] * u[:, :, l1 * l1 : (l1 + 1) ** 2]  # (N, K, n, C)
-            sums[l].append(torch.bmm(left, right.flatten(1, 2)))  # (N, 2l+1, C)
+        """(LM_in, N, C) -> (LM, N, C)."""
+        hidden = self.activation(self.radial(edges.radial))  # (N, K, H)
+        weights = self.weights / math.sqrt(len(self.weights))
+        sums = self.sums(edges.Y, hidden, weights, self.up(h).transpose(0, 1), edges.neighbors)
         A = []
         for parts, W in zip(sums, self.mix, strict=True):
             scale = 1 / (self.avg_num_neighbors * math.sqrt(len(W)))
-            A.append(torch.cat(parts, dim=-1) @ (W * scale))
-        return torch.cat(A, dim=1).transpose(0, 1)  # (LM, N, C)
+            A.append(torch.cat(parts, dim=-1) @ (W * scale))  # (N, 2l+1, C)
+        return torch.cat(A, dim=1).transpose(0, 1)
+
+
+class PathSums(nn.Module):
+    """Sums over neighbours, for each l and each path (l1, l2, l) to it (N, 2l+1, C)."""
+
+    def __init__(self, paths: Sequence[tuple[int, int, int]], max_ell: int) -> None:
+        super().__init__()
+        self.paths, self.max_ell = list(paths), max_ell
+        self.widths = [2 * l1 + 1 for l1 in range(max(path[0] for path in paths) + 1)]
+        # Y -> [Y, Q_p of the paths with l1 > 0], Q_p[m, m1] = sum_m2 CG Y_l2m2, and which columns
+        # belong to each path; for l1 = 0 the coupling is the identity.
+        LM = (max_ell + 1) ** 2
+        blocks = [torch.zeros(LM, 0, dtype=torch.float64)]
+        self.columns, end = [], LM
+        for l1, l2, l in self.paths:
+            if l1 == 0:
+                self.columns.append((l * l, (l + 1) ** 2))
+                continue
+            block = torch.zeros(LM, (2 * l + 1) * (2 * l1 + 1), dtype=torch.float64)
+            CG = clebsch_gordan(l1, l2, l) * math.sqrt(2 * l + 1)
+            block[l2 * l2 : (l2 + 1) ** 2] = CG.permute(1, 2, 0).flatten(1)
+            blocks.append(block)
+            self.columns.append((end, end + block.shape[1]))
+            end += block.shape[1]
+        self.couplings = Constant(torch.cat(blocks, dim=1))
+
+    def forward(
+        self, Y: Tensor, hidden: Tensor, weights: Tensor, u: Tensor, neighbors: Tensor
+    ) -> list[list[Tensor]]:
+        """Y (N, K, LM), radial functions ``hidden`` (N, K, H) @ ``weights`` (H, P, C), features of
+        the atoms u (N, LM_in, C)."""
+        N, K, H = hidden.shape
+        C = weights.shape[-1]
+        u = u.flatten(1).index_select(0, neighbors).view(N, K, -1, C)
+        degrees = u.split(self.widths, dim=2)  # (N, K, 2 l1 + 1, C)
+        left = torch.cat([Y, Y @ self.couplings()], dim=-1).mT  # (N, columns, K)
+        hidden = hidden.view(-1, H)
+        result: list[list[Tensor]] = [[] for _ in range(self.paths[-1][2] + 1)]
+        for (l1, _, l), (start, stop), W in zip(
+            self.paths, self.columns, weights.unbind(1), strict=True
+        ):
+            # One matrix product for each path: what it writes is used at once.
+            Q, v, R = left[:, start:stop], degrees[l1], (hidden @ W).view(N, K, C)
+            if l1 > 0:  # rows m, columns (neighbour, m1)
+                Q = Q.unflatten(1, (2 * l + 1, 2 * l1 + 1)).transpose(2, 3).flatten(2)
+                weighted = (R[:, :, None] * v).flatten(1, 2)
+            else:
+                weighted = R * v[:, :, 0]
+            result[l].append(torch.bmm(Q, weighted))
+        return result
 
 
 class DegreeLinear(nn.Module):

@@ -169,6 +169,8 @@ class SymmetricContraction(nn.Module):
         super().__init__()
         if not 1 <= correlation <= 3:
             raise ValueError(f"correlation must be 1, 2 or 3, got {correlation}")
+        self.lmax, self.lmax_out, self.correlation = lmax, lmax_out, correlation
+        self.reduced = reduced
         degree = self.degree = max(correlation, 2)
         self.num_outputs = (lmax_out + 1) ** 2
         self.weights = nn.ParameterList()
@@ -240,26 +242,33 @@ class SymmetricContraction(nn.Module):
     def forward(self, A: Tensor, elements: Tensor, sizes: Sequence[int]) -> Tensor:
         x = A.permute(2, 0, 1)  # (C, LM, N)
         x = torch.cat([torch.ones_like(x[:, :1]), x], dim=1)  # (C, LM + 1, N)
-        out = Form.apply(x, self.coefficients(elements), self, tuple(sizes))  # (C, W, N)
+        P = self.coefficients(elements)
+        out = Form.apply(x, P, self, tuple(sizes))  # (C, W, N)
+        if P.requires_grad:
+            out = out + Weights.apply(P, [x], self, tuple(sizes))
         return cast(Tensor, out).permute(1, 2, 0)
 
-    def products(self, x: Tensor) -> Tensor:
-        """(C, LM + 1, N) -> (C, Q, N)."""
-        q = x.index_select(1, self.pairs[0])
-        return q if self.degree == 2 else q * x.index_select(1, self.pairs[1])
+    def products(self, x: Tensor, part: Part) -> Tensor:
+        """(C, LM + 1, N) -> (C, pairs, N) of one part."""
+        pairs = self.pairs[:, part.first_pair : part.last_pair]
+        q = x.index_select(1, pairs[0])
+        return q if self.degree == 2 else q * x.index_select(1, pairs[1])
 
     def slopes(self, x: Tensor, P: Tensor, sizes: Sequence[int]) -> Tensor:
         """Y (C, W, LM + 1, N)."""
-        q = self.products(x)
         C, n, N = x.shape
         Y = x.new_zeros(C, self.num_outputs * n, N)
         for part in self.parts:
-            start = 0
-            for matrix, size in zip(self.matrices(P, part), sizes, strict=True):
-                atoms = slice(start, start + size)
-                block = torch.bmm(matrix, q[:, part.first_pair : part.last_pair, atoms])
-                Y[:, self.places[part.first_output : part.last_output], atoms] = block
-                start += size
+            blocks = [
+                torch.bmm(matrix, q)
+                for matrix, q in zip(
+                    self.matrices(P, part),
+                    self.products(x, part).split(list(sizes), 2),
+                    strict=True,
+                )
+            ]
+            places = self.places[part.first_output : part.last_output]
+            Y[:, places] = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
         return Y.view(C, self.num_outputs, n, N)
 
     @staticmethod
@@ -287,21 +296,14 @@ class SymmetricContraction(nn.Module):
 
     def back_to_coefficients(self, h: Tensor, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """sum_n h[w, d] A[a] A[b] for each entry and element: -> (M, C, entries)."""
-        rows = h.flatten(1, 2).index_select(1, self.places)
-        q = self.products(x)
-        result, start = [], 0
-        for size in sizes:
-            atoms = slice(start, start + size)
-            blocks = [
-                torch.bmm(
-                    rows[:, part.first_output : part.last_output, atoms],
-                    q[:, part.first_pair : part.last_pair, atoms].mT,
-                ).flatten(1)
-                for part in self.parts
-            ]
-            result.append(torch.cat(blocks, dim=1))
-            start += size
-        return torch.stack(result)
+        columns = []
+        for part in self.parts:
+            places = self.places[part.first_output : part.last_output]
+            rows = h.flatten(1, 2).index_select(1, places).split(list(sizes), dim=2)
+            q = self.products(x, part).split(list(sizes), dim=2)
+            blocks = [torch.bmm(a, b.mT).flatten(1) for a, b in zip(rows, q, strict=True)]
+            columns.append(torch.stack(blocks))
+        return torch.cat(columns, dim=2)
 
     def back_to_components(self, R: Tensor, x: Tensor) -> Tensor:
         """Derivative of ``products``: sum over the pairs in which a component stands."""
@@ -314,7 +316,11 @@ class SymmetricContraction(nn.Module):
 
 
 class Form(torch.autograd.Function):
-    """m[w] = sum_d Y[w, d] A[d]; its derivative is degree Y, which is kept."""
+    """m[w] = sum_d Y[w, d] A[d]; its derivative is degree Y, which is kept.
+
+    The derivative with respect to the coefficients is that of ``Weights``, so that forces, which do
+    not need it, do not compute it.
+    """
 
     @staticmethod
     def forward(
@@ -326,15 +332,31 @@ class Form(torch.autograd.Function):
         return (Y * x[:, None]).sum(dim=2)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
         x, P, Y = ctx.saved_tensors
-        gx = gP = None
-        if ctx.needs_input_grad[0]:
-            Y = Slopes.apply(x, P, Y, ctx.plan, ctx.sizes)
-            gx = ctx.plan.degree * (g[:, :, None] * Y).sum(dim=1)
-        if ctx.needs_input_grad[1]:
-            gP = ctx.plan.back_to_coefficients(g[:, :, None] * x[:, None], x, ctx.sizes)
-        return gx, gP, None, None
+        Y = Slopes.apply(x, P, Y, ctx.plan, ctx.sizes)
+        return ctx.plan.degree * (g[:, :, None] * Y).sum(dim=1), None, None, None
+
+
+class Weights(torch.autograd.Function):
+    """Zero, with the derivative of ``Form`` with respect to the coefficients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, P: Tensor, x: list[Tensor], plan: SymmetricContraction, sizes: tuple[int, ...]
+    ) -> Tensor:
+        # In a list, x is no input: this node is not on the way from energy to positions, and is
+        # not visited when forces are computed.  Its derivative still knows where x comes from.
+        ctx.x, ctx.plan, ctx.sizes = x[0], plan, sizes
+        C, _, N = x[0].shape
+        return x[0].new_zeros(C, plan.num_outputs, N)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        h = g[:, :, None] * ctx.x[:, None]
+        return ctx.plan.back_to_coefficients(h, ctx.x, ctx.sizes), None, None, None
 
 
 class Slopes(torch.autograd.Function):
