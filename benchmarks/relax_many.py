@@ -29,7 +29,7 @@ from mlip.allocator import tune_allocator
 from mlip.calculators import EqCalculator, relax, relax_many
 
 HERE = Path(__file__).parent
-REPEAT = {"Si": (1, 1, 1), "Cu": (2, 1, 2), "Li": (2, 2, 2), "Mo": (2, 2, 2)}
+REPEAT = {"Si": (2, 2, 1), "Cu": (2, 1, 2), "Li": (2, 2, 2), "Mo": (2, 2, 2)}
 
 
 def crystals(number: int) -> list[Atoms]:
