@@ -193,7 +193,7 @@ class Kernels(nn.Module):
 
 
 class _Spread(torch.autograd.Function):
-    """x (LM, N, B, J) -> (O, N, (l, B), J) = sum_m Y_lm(o) x_lm; each degree in its place.
+    """x (LM, N, B, J) -> (H, N, (l, B), J) = sum_m Y_lm(o) x_lm; each degree in its place.
 
     A sum over blocks, which a concatenation would write twice and fill with zeros on the way back.
     """
@@ -232,6 +232,7 @@ class _Gather(torch.autograd.Function):
 
 
 def spread(x: Tensor, Y: Tensor) -> Tensor:
+    """Synthesis of each degree apart: x (LM, N, B, J), Y (H, LM) -> (H, N, (l, B), J)."""
     O, (LM, N, B, J) = len(Y), x.shape
     L = math.isqrt(LM) - 1
     out = x.new_empty(O, N, L + 1, B, J)
