@@ -52,17 +52,6 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "medium": {"hidden": 64, "node_hidden": 128, "num_layers": 2},
         "large": {"hidden": 128, "node_hidden": 256, "num_layers": 3, "num_heads": 8},
     },
-    "gaunt": {
-        "small": {"channels": 32, "lmax": 2, "hidden": 32, "message_channels": (12, 6)},
-        "medium": {"channels": 64, "lmax": 3, "hidden": 64, "message_channels": (16, 8, 4)},
-        "large": {
-            "channels": 128,
-            "num_layers": 3,
-            "lmax": 3,
-            "hidden": 128,
-            "message_channels": (32, 16, 8),
-        },
-    },
     "transip": {
         "small": {"hidden": 96, "num_layers": 3, "num_heads": 4, "latent": (12, 2)},
         "medium": {"hidden": 192, "num_layers": 4, "num_heads": 8, "latent": (24, 8)},
@@ -79,6 +68,17 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "small": {"channels": 128, "lmax": 0},
         "medium": {"channels": 128, "lmax": 1},
         "large": {"channels": 128, "lmax": 2},
+    },
+    "gaunt": {
+        "small": {"channels": 32, "lmax": 2, "hidden": 32, "message_channels": (12, 6)},
+        "medium": {"channels": 64, "lmax": 3, "hidden": 64, "message_channels": (16, 8, 4)},
+        "large": {
+            "channels": 128,
+            "num_layers": 3,
+            "lmax": 3,
+            "hidden": 128,
+            "message_channels": (32, 16, 8),
+        },
     },
     "ponita": {
         "small": {"channels": 32, "message_channels": 8, "hidden": 32},
