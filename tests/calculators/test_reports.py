@@ -46,7 +46,8 @@ def test_relax_finishes_what_it_can_and_says_so(files) -> None:
 
 @pytest.mark.parametrize("out", ["r.foo", "r", "nowhere/r.xyz"])
 def test_an_output_that_cannot_be_written_costs_no_relaxation(files, monkeypatch, out) -> None:
-    monkeypatch.setattr("mlip.calculators.reports.relax_many", None)  # calling it would be a TypeError
+    # Calling it would be a TypeError.
+    monkeypatch.setattr("mlip.calculators.reports.relax_many", None)
     code, text = run("relax", "si.xyz", "-m", "m.safetensors", "--out", out)
     assert code == 1 and out.partition("/")[0] in text
     assert "no format" in text or "not a folder" in text
