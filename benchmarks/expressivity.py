@@ -17,7 +17,7 @@ import torch
 
 from mlip.evaluation.expressivity import tell_apart, with_random_weights
 from mlip.models import MODELS, build
-from mlip.training.config import SIZES
+from mlip.training.sizes import SIZES
 
 DEPTHS = ("num_layers", "num_rounds", "num_interactions")
 TOLD = 1e-11  # ten thousand times rounding

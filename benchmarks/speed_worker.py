@@ -32,7 +32,7 @@ def mlip_calculator(name: str, dtype: str) -> Calculator:
     from mlip.calculators.eq_calculator import EqCalculator
     from mlip.models import build
     from mlip.potential import Potential
-    from mlip.training.config import SIZES
+    from mlip.training.sizes import SIZES
 
     if Path(name).is_file():
         return EqCalculator(name, device="cpu", dtype=dtype)

@@ -15,7 +15,6 @@ from mlip.config import Config, ConfigError, apply_overrides, parse, read_yaml
 from mlip.models import MODELS
 from mlip.training.config import (
     ALIASES,
-    SIZES,
     hyperparameters,
     json_schema,
     load_training,
@@ -24,6 +23,7 @@ from mlip.training.config import (
     seconds,
     to_yaml,
 )
+from mlip.training.sizes import SIZES
 
 DATA = {"data": {"train": "absent.h5"}}
 
@@ -172,7 +172,11 @@ def test_habitual_names_are_understood() -> None:
     assert (config.data.e0, config.runtime.device) == ({"Si": -0.8, "O": -2.0}, "cpu")
     with pytest.raises(ConfigError, match="'119' is not the symbol"):
         parse_training({"train_file": "a.h5", "E0s": {119: -0.8}})
-    assert set(ALIASES.values()) <= set(dotted_names(config_class("facet")))
+    known = {name for model in MODELS for name in dotted_names(config_class(model))}
+    assert set(ALIASES.values()) - {"model.hidden_irreps"} <= known
+    irreps = {"train_file": "a.h5", "model": "mace", "hidden_irreps": "64x0e + 64x1o"}
+    model: Any = parse_training(irreps).model
+    assert (model.channels, model.lmax) == (64, 1)
 
 
 @pytest.mark.parametrize("size", [None, "small"])

@@ -1,6 +1,6 @@
 """The models, one file each, and the table that names them.
 
-Adding a model is three edits: its file, its line here, its preset in ``configs/``; the tests of the
+Adding a model is three edits: its file, its line here, its presets in ``training/sizes.py``; the tests of the
 contract pick it up.
 """
 

@@ -20,7 +20,7 @@ from mlip.evaluation.expressivity import (
 from mlip.models import build
 from mlip.nn.spherical import SphericalHarmonics, clebsch_gordan
 from mlip.potential import Potential
-from mlip.training.config import SIZES
+from mlip.training.sizes import SIZES
 
 PAIRS = environment_pairs()
 # Bodies that one layer of a model correlates at a centre; two layers of each tell all pairs apart.
