@@ -1,7 +1,7 @@
 """The models, one file each, and the table that names them.
 
-Adding a model is three edits: its file, its line here, its presets in ``training/sizes.py``; the tests of the
-contract pick it up.
+Adding a model is three edits: its file, its line here, its presets in ``training/sizes.py``; the
+tests of the contract pick it up.
 """
 
 from __future__ import annotations
