@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,29 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def timed_steps(
+    atoms: Atoms,
+    number: int,
+    rng: np.random.Generator,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[list[float], float]:
+    """Seconds of energy, forces and stress, positions moving, and the peak of memory in MiB."""
+    seconds = []
+    start = atoms.positions.copy()
+    forget_peak()
+    before = resident("VmRSS")
+    for step in range(number + 1):
+        atoms.positions = start + rng.normal(0, 0.02, start.shape)
+        begin = clock()
+        atoms.get_potential_energy()
+        atoms.get_forces()
+        if atoms.pbc.all():
+            atoms.get_stress()
+        if step:  # the first warms up
+            seconds.append(clock() - begin)
+    return seconds, resident("VmHWM") - before
+
+
 def main() -> None:
     package, threads, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     peer, _, size = package.partition("-")
@@ -72,20 +96,8 @@ def main() -> None:
             one.calc = calculators[name]
             one.get_forces()  # libraries and kernels are loaded now, too
         atoms.calc = calculators[name]
-        seconds = []
-        start = atoms.positions.copy()
-        forget_peak()
-        before = resident("VmRSS")
-        for step in range(STEPS.get(name, 1) + 1):
-            atoms.positions = start + rng.normal(0, 0.02, start.shape)
-            begin = time.perf_counter()
-            atoms.get_potential_energy()
-            atoms.get_forces()
-            if atoms.pbc.all():
-                atoms.get_stress()
-            if step:  # the first warms up
-                seconds.append(time.perf_counter() - begin)
-        answer = {"seconds": seconds, "peak_MiB": resident("VmHWM") - before}
+        seconds, peak = timed_steps(atoms, STEPS.get(name, 1), rng)
+        answer = {"seconds": seconds, "peak_MiB": peak}
         print("RESULT " + json.dumps(answer), flush=True)
 
 
