@@ -1,11 +1,12 @@
 """Ways of teaching symmetry, side by side: one backbone, one budget, several seeds.
 
-    MLIP_DATASETS=... python benchmarks/teaching_symmetry.py --systems ethanol --epochs 20 --seeds 3
+    MLIP_DATASETS=... python benchmarks/teaching_symmetry.py --systems ethanol --epochs 20 --seeds 0 1 2
 
 Each column is a training of teaching_symmetry.yaml with the options below and the same number of
-steps; its test errors, symmetry error, symmetry share of the squared error and seconds per step
-go into results/teaching_symmetry.json, one entry for each finished run, so that a broken-off
-call goes on where it stopped.  ``--minutes`` gives every column the same time instead.
+steps; its test errors, symmetry error, symmetry share of the squared error and time
+go into results/teaching_symmetry.json, one entry for each finished run: a broken-off
+call goes on where it stopped, and two may run side by side.  ``--minutes`` gives every column the
+same time instead.
 ``--table`` prints what is there.  A column's weight is chosen on validation structures.
 """
 
@@ -19,8 +20,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pieces import Pieces
+
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "teaching_symmetry.json"
+RESULTS = Pieces(HERE / "results" / "teaching_symmetry.json")
+RUNS = Path(os.environ.get("MLIP_RUNS", "runs")) / "teaching_symmetry"
 AUGMENTED = ["data.augment=rotations"]
 COLUMNS: dict[str, list[str]] = {
     "none": [],
@@ -80,16 +84,19 @@ def measure(model: Path, test: Path) -> dict[str, float]:
     }
 
 
-def train(system: str, column: str, seed: int, a: argparse.Namespace) -> dict[str, float]:
-    runs = Path(os.environ.get("MLIP_RUNS", "runs")) / "teaching_symmetry"
-    runs.mkdir(parents=True, exist_ok=True)
+def data_files(system: str) -> list[Path]:
+    RUNS.mkdir(parents=True, exist_ok=True)
     files = []
     for source in FILES[system]:
-        file = runs / Path(source).name.replace(".xyz.gz", ".h5")
+        file = RUNS / Path(source).name.replace(".xyz.gz", ".h5")
         if not file.exists():
             mlip("convert", str(Path(os.environ["MLIP_DATASETS"]) / source), str(file))
         files.append(file)
-    run = runs / f"{system}-{column.replace(', ', '-').replace(' ', '-')}-{seed}"
+    return files
+
+
+def train(run: Path, system: str, column: str, seed: int, a: argparse.Namespace) -> dict:
+    files = data_files(system)
     budget = (
         [f"schedule.max_time={a.minutes}m", "schedule.max_epochs=null"]
         if a.minutes
@@ -98,25 +105,22 @@ def train(system: str, column: str, seed: int, a: argparse.Namespace) -> dict[st
     mlip(
         "train", str(HERE / "teaching_symmetry.yaml"), f"data.train={files[0]}", f"run_dir={run}",
         f"seed={seed}", "resume=auto", "runtime.num_threads=1", "logging.progress=false",
-        "logging.plots=false", *budget, *COLUMNS[column], log=run.with_suffix(".log"),
+        "logging.plots=false", *budget, *COLUMNS[column], log=run / "output.log",
     )  # fmt: skip
     last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
-    return {**measure(run / "best.safetensors", files[1]), "seconds": last["seconds"]}
-
-
-def load() -> list[dict]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    time = {"seconds": last["seconds"], "steps": last["step"]}
+    return {**measure(run / "last.safetensors", files[1]), **time}
 
 
 def table(rows: list[dict]) -> str:
-    names = ("energy_mae", "forces_mae", "symmetry_forces_rms", "share_forces", "seconds")
+    names = ("energy_mae", "forces_mae", "symmetry_forces_rms", "share_forces", "seconds", "steps")
     groups: dict[tuple[str, str, str], list[dict]] = {}
     for row in rows:
         groups.setdefault((row["system"], row["budget"], row["column"]), []).append(row)
     lines = [
         "| system | budget | column | seeds | E MAE (meV/atom) | F MAE (meV/A) "
-        "| symmetry error of F (meV/A, RMS) | symmetry share of F | time (s) |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| symmetry error of F (meV/A, RMS) | symmetry share of F | time (s) | steps |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (system, budget, column), members in groups.items():
         cells = []
@@ -140,19 +144,18 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     a = parser.parse_args()
     if a.table:
-        print(table(load()))
+        print(table(RESULTS.rows()))
         return
     budget = f"{a.minutes:g} min" if a.minutes else f"{a.epochs} epochs"
     for seed in a.seeds:
         for system in a.systems:
             for column in a.columns:
                 key = {"system": system, "budget": budget, "column": column, "seed": seed}
-                if any(key.items() <= row.items() for row in load()):
-                    continue
-                result = train(system, column, seed, a)
-                # Read again: another process may have added to it meanwhile.
-                RESULTS.write_text(json.dumps([*load(), {**key, **result}], indent=1) + "\n")
-                print(key, result, flush=True)
+                name = "-".join([system, *column.replace(",", "").split(), budget, str(seed)])
+                run = RUNS / name.replace(" ", "-")
+                with RESULTS.claimed(run, **key) as free:
+                    if free:
+                        RESULTS.add({**key, **train(run, system, column, seed, a)})
 
 
 if __name__ == "__main__":
