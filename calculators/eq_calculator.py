@@ -31,7 +31,7 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.outputs import Properties, all_outputs
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from mlip.backends import accelerated
+from mlip.backends import requested
 from mlip.calculators.foreign_options import MODEL_ALIASES, refuse_unknown, take_alias
 from mlip.calculators.hessian import hessian
 from mlip.calculators.info_inputs import InfoInputs
@@ -76,8 +76,10 @@ class EqCalculator(Calculator):
         Average over rotated copies: ``"octahedral"`` (24), ``"icosahedral"`` (60),
         ``"lebedev-11"`` (600), or another rule of ``mlip.nn.rotations``; with ``"+mirrors"`` at the
         end over reflections, too, which doubles the copies.  Costs as many times the model.
-    backend : str, optional
-        ``"cuequivariance"``: kernels for MACE on a GPU, checked against the plain model first.
+    accelerate : str or sequence of str, optional
+        ``"splines"``: tables in place of MACE's radial networks; ``"cuequivariance"``: kernels for
+        MACE on a GPU; ``"auto"``: what is known to pay for the model, or nothing.  Each is checked
+        against the plain model in float64 first.
     energy_units_to_eV, length_units_to_A : float
         Units of a model that was trained in others.
     info_keys : dict
@@ -108,7 +110,7 @@ class EqCalculator(Calculator):
         *,
         skin: float = 0.5,
         symmetrize: str | RotationAveragingConfig | None = None,
-        backend: str | None = None,
+        accelerate: str | Sequence[str] | None = None,
         energy_units_to_eV: float = 1.0,
         length_units_to_A: float = 1.0,
         info_keys: Mapping[str, str] | None = None,
@@ -133,8 +135,7 @@ class EqCalculator(Calculator):
             False
         ):  # weights made in inference mode could not be differentiated through
             self.potentials = own_potentials(model, self.device, parse_dtype(dtype))
-            if backend is not None:
-                self.potentials = [accelerated(p, backend) for p in self.potentials]
+            self.potentials = [requested(p, accelerate) for p in self.potentials]
             self.potentials = averaged(self.potentials, symmetrize)
         self.skin = skin
         self._energy_unit, self._length_unit = float(energy_units_to_eV), float(length_units_to_A)

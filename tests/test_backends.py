@@ -104,7 +104,7 @@ def test_a_wrong_one_is_refused(damage: Any, message: str, dtype: torch.dtype) -
 def test_an_obstacle_is_told() -> None:
     with pytest.raises(BackendError, match="'stand-in': the moon is down"):
         accelerated(mace(), StandIn(obstacle="the moon is down"))
-    with pytest.raises(ValueError, match="there is cuequivariance"):
+    with pytest.raises(ValueError, match="there is splines, cuequivariance"):
         accelerated(mace(), "magic")
 
 
@@ -118,7 +118,7 @@ def test_the_library_or_the_gpu_is_missing() -> None:
 
 def test_the_calculator_refuses_it_too() -> None:
     with pytest.raises(BackendError, match="cuequivariance"):
-        EqCalculator(mace(), device="cpu", backend="cuequivariance")
+        EqCalculator(mace(), device="cpu", accelerate="cuequivariance")
 
 
 def test_it_is_for_mace_only() -> None:

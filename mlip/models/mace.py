@@ -133,6 +133,7 @@ class MACE(nn.Module):
         self.register_buffer("place", place, persistent=False)
         self.embed = nn.Parameter(torch.randn(Z, c.channels))
         self.harmonics = SphericalHarmonics(c.max_ell)
+        self.basis: nn.Module = RadialBasis(c)
         degrees = [0, *[c.lmax] * (c.num_layers - 1), 0]
         self.layers = nn.ModuleList(
             Layer(c, Z, lmax_in, lmax_out) for lmax_in, lmax_out in pairwise(degrees)
@@ -203,10 +204,20 @@ class MACE(nn.Module):
             vectors = vectors.index_select(0, order)
             neighbors = rank.index_select(0, neighbors).view(N, -1).index_select(0, order).flatten()
         r = vectors.norm(dim=-1, keepdim=True)  # (N, K, 1)
-        x = r[..., 0] / c.cutoff
-        fade = polynomial_envelope(x, c.envelope_power) * c.cutoff**-1.5
-        radial = bessel(x, c.num_basis) * fade[..., None]
+        radial = self.basis(r[..., 0] / c.cutoff)
         return Edges(self.harmonics(vectors / r), radial, neighbors)
+
+
+class RadialBasis(nn.Module):
+    """Bessel functions times the envelope: x = r / cutoff (...) -> (..., B)."""
+
+    def __init__(self, c: MACEConfig) -> None:
+        super().__init__()
+        self.num_basis, self.power, self.scale = c.num_basis, c.envelope_power, c.cutoff**-1.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        fade = polynomial_envelope(x, self.power) * self.scale
+        return bessel(x, self.num_basis) * fade[..., None]
 
 
 class Layer(nn.Module):
@@ -310,7 +321,9 @@ class PathSums(nn.Module):
         N, K, H = hidden.shape
         C = weights.shape[-1]
         u = u.flatten(1).index_select(0, neighbors).view(N, K, -1, C)
-        degrees = u.split(self.widths, dim=2)  # (N, K, 2 l1 + 1, C)
+        scalars, *others = u.split(self.widths, dim=2)  # (N, K, 2 l1 + 1, C)
+        # One view for all paths: a gradient of a view is as large as what it was taken from.
+        degrees = [scalars[:, :, 0], *others]
         left = torch.cat([Y, Y @ self.couplings()], dim=-1).mT  # (N, columns, K)
         hidden = hidden.view(-1, H)
         result: list[list[Tensor]] = [[] for _ in range(self.paths[-1][2] + 1)]
@@ -323,7 +336,7 @@ class PathSums(nn.Module):
                 Q = Q.unflatten(1, (2 * l + 1, 2 * l1 + 1)).transpose(2, 3).flatten(2)
                 weighted = (R[:, :, None] * v).flatten(1, 2)
             else:
-                weighted = R * v[:, :, 0]
+                weighted = R * v
             result[l].append(torch.bmm(Q, weighted))
         return result
 
