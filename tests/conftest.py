@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ase import Atoms
+from numpy.random import default_rng
 
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.models import build
@@ -93,17 +95,28 @@ def lopsided_fixture() -> Callable[..., Potential]:
     return make
 
 
-def random_facet(seed: int = 0, num_layers: int = 2, lmax: int = 2) -> torch.nn.Module:
-    """A small Facet in which no weight is zero, as training starts with; a model of zeros obeys any
+def without_zeros(model: torch.nn.Module, std: float) -> None:
+    """Random numbers for weights that training starts with as zeros; a model of zeros obeys any
     law."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=std)
+
+
+def rattled(atoms: Atoms, size: float = 0.08, seed: int = 0) -> Atoms:
+    """The atoms, displaced at random by ``size`` angstrom in each coordinate."""
+    atoms.positions += default_rng(seed).normal(0, size, atoms.positions.shape)
+    return atoms
+
+
+def random_facet(seed: int = 0, num_layers: int = 2, lmax: int = 2) -> torch.nn.Module:
+    """A small Facet in which no weight is zero."""
     torch.manual_seed(seed)
     model = build(
         "facet", cutoff=4.0, channels=8, num_layers=num_layers, lmax=lmax, num_basis=6, hidden=16
     )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.3)
+    without_zeros(model, 0.3)
     return model
 
 

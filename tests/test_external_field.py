@@ -24,6 +24,7 @@ from mlip.data.transforms import random_rotations, rotated_each
 from mlip.evaluation.symmetry import symmetry_errors
 from mlip.models import build
 from mlip.potential import Potential
+from tests.conftest import without_zeros
 
 FIELD = (0.3, -0.2, 0.5)
 SMALL: dict[str, dict[str, Any]] = {
@@ -35,10 +36,7 @@ SMALL: dict[str, dict[str, Any]] = {
 def make(name: str, field: Any = "given") -> Potential:
     torch.manual_seed(0)
     model = build(name, cutoff=4.0, field=field, **SMALL[name])
-    with torch.no_grad():
-        for p in model.parameters():
-            if not p.any():
-                p.normal_(0, 1)
+    without_zeros(model, 1)
     return Potential(model, torch.linspace(-3, 3, 119, dtype=torch.float64)).double().eval()
 
 

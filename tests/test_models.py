@@ -23,6 +23,7 @@ from mlip.models import MODELS, build
 from mlip.nn.zbl import ZBL
 from mlip.potential import Potential
 from mlip.wrappers import wrap
+from tests.conftest import rattled, without_zeros
 
 CUTOFF = 4.0
 SMALL: dict[str, dict[str, Any]] = {
@@ -77,11 +78,6 @@ WRAPPED: dict[str, dict[str, Any]] = {
 TORCH_F64 = dict(dtype=torch.float64)
 
 
-def rattled(atoms: Atoms, size: float = 0.08, seed: int = 0) -> Atoms:
-    atoms.positions += default_rng(seed).normal(0, size, atoms.positions.shape)
-    return atoms
-
-
 def sheared(atoms: Atoms) -> Atoms:
     atoms.set_cell(atoms.cell[:] @ [[1, 0.12, 0], [0, 1, 0.2], [0.1, 0, 1]], scale_atoms=True)
     return atoms
@@ -127,10 +123,7 @@ def make(variant: str, seed: int = 0) -> Potential:
     model = build(name, cutoff=CUTOFF, **hyperparameters)
     if variant in WRAPPED:
         model = wrap(model, **WRAPPED[variant])
-    with torch.no_grad():
-        for p in model.parameters():
-            if not p.any():
-                p.normal_(0, 0.1)
+    without_zeros(model, 0.1)
     e0 = torch.linspace(-3, 3, 119, **TORCH_F64)
     return Potential(model, e0, scale=2.0).double().eval()
 

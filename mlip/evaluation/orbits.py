@@ -183,13 +183,10 @@ class InPlane(MatrixOrbit):
 
 
 @dataclass(frozen=True)
-class Translations:
-    """Shifts in a direction of no symmetry; crystals are wrapped back into their cell."""
+class Row:
+    """A number of points of equal weight."""
 
     points: int = 24
-    length: float = 12.0  # angstrom, the longest shift
-    name: str = field(default="translations", init=False)
-    kind: str = field(default="curve", init=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -198,6 +195,15 @@ class Translations:
     @property
     def weights(self) -> np.ndarray:
         return uniform(self.points)
+
+
+@dataclass(frozen=True)
+class Translations(Row):
+    """Shifts in a direction of no symmetry; crystals are wrapped back into their cell."""
+
+    length: float = 12.0  # angstrom, the longest shift
+    name: str = field(default="translations", init=False)
+    kind: str = field(default="curve", init=False)
 
     def coordinates(self) -> dict[str, np.ndarray]:
         return {"shift": np.linspace(0.0, self.length, self.points)}
@@ -209,21 +215,12 @@ class Translations:
 
 
 @dataclass(frozen=True)
-class Permutations:
+class Permutations(Row):
     """Random orders of the atoms; the first is the order given."""
 
-    points: int = 24
     seed: int = 0
     name: str = field(default="permutations", init=False)
     kind: str = field(default="list", init=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.points,)
-
-    @property
-    def weights(self) -> np.ndarray:
-        return uniform(self.points)
 
     def coordinates(self) -> dict[str, np.ndarray]:
         return {"number": np.arange(self.points)}

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from mlip.config import Config
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.nn.constant import Constant
+from mlip.nn.layers import soft_norm
 from mlip.nn.neighborhoods import gather_neighborhoods
 from mlip.nn.orientations import DEGREE, Orientations
 from mlip.nn.radial import bessel, polynomial_envelope
@@ -350,14 +351,6 @@ class Layer(nn.Module):
             h = self.update(h) + scalars
             x = h if x is None else x + h
         return x, scalars, energy
-
-
-def soft_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Factor (N,) of an invariant norm, (1 + mean x^2)^-1/2 over all but the atoms.
-
-    The one keeps it smooth and zero at zero: an atom whose last neighbour leaves fades out.
-    """
-    return torch.rsqrt(1 + x.square().mean(dim=dims))
 
 
 class InvariantMLP(nn.Module):

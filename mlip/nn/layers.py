@@ -16,7 +16,7 @@ def soft_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 class InvariantMLP(nn.Module):
-    """Two layers without biases, gated by the species: zero in, zero out."""
+    """Three layers without biases, the first gated by the species: zero in, zero out."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int, species: int) -> None:
         super().__init__()

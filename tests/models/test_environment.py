@@ -14,6 +14,7 @@ from mlip.models import build
 from mlip.models.environment import Environment
 from mlip.nn.rotations import random_rotations
 from mlip.potential import Potential
+from tests.conftest import without_zeros
 
 CUTOFF = 4.0
 
@@ -22,9 +23,7 @@ def make(**options: Any) -> Potential:
     torch.manual_seed(0)
     sizes = {"hidden": 16, "edge_hidden": 8, "num_heads": 2, "num_basis": 5, **options}
     model = build("environment", cutoff=CUTOFF, **sizes)
-    for p in model.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, 0, 0.3)
+    without_zeros(model, 0.3)
     return Potential(model, torch.zeros(119)).double().eval()
 
 

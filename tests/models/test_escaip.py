@@ -18,6 +18,7 @@ from mlip.models import build
 from mlip.models.escaip import reversed_edges
 from mlip.nn import buckets
 from mlip.potential import Potential
+from tests.conftest import rattled, without_zeros
 
 SMALL: dict[str, Any] = dict(
     cutoff=4.0, hidden=12, node_hidden=16, num_heads=2, angular_channels=(3, 2, 1), num_basis=5
@@ -27,16 +28,8 @@ SMALL: dict[str, Any] = dict(
 def make(seed: int = 0, **hyperparameters: Any) -> Potential:
     torch.manual_seed(seed)
     model = build("escaip", **{**SMALL, **hyperparameters})
-    with torch.no_grad():
-        for p in model.parameters():
-            if not p.any():
-                p.normal_(0, 0.1)
+    without_zeros(model, 0.1)
     return Potential(model, torch.zeros(119), scale=2.0).double().eval()
-
-
-def rattled(atoms: Atoms, seed: int = 0) -> Atoms:
-    atoms.positions += default_rng(seed).normal(0, 0.08, atoms.positions.shape)
-    return atoms
 
 
 def graph(*structures: Atoms) -> AtomicGraph:

@@ -16,6 +16,7 @@ from mlip.models.gaunt import GauntConfig, NodeProducts
 from mlip.nn.gaunt_product import BracketProduct, GauntPolynomial
 from mlip.nn.gaunt_reference import DenseProduct
 from mlip.potential import Potential
+from tests.conftest import without_zeros
 
 SMALL: dict[str, Any] = dict(
     cutoff=4.0, channels=6, lmax=2, num_basis=5, hidden=8, message_channels=(5, 3)
@@ -26,10 +27,7 @@ def potential(**options: Any) -> Potential:
     """Random weights, also where training starts with zeros."""
     torch.manual_seed(0)
     model = build("gaunt", **{**SMALL, **options})
-    with torch.no_grad():
-        for p in model.parameters():
-            if not p.any():
-                p.normal_(0, 0.3)
+    without_zeros(model, 0.3)
     return Potential(model, torch.zeros(119)).double().eval()
 
 

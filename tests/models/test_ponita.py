@@ -9,7 +9,6 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
-from numpy.random import default_rng
 
 from mlip.calculators import EqCalculator
 from mlip.config import ConfigError
@@ -19,6 +18,7 @@ from mlip.models.ponita import Density, Ponita, SpaceConvolution
 from mlip.nn.rotations import Rotations, random_rotations, rotations
 from mlip.potential import Potential
 from mlip.rotation_orbit import RotationOrbit, rotation_orbit
+from tests.conftest import rattled, without_zeros
 
 SMALL: dict[str, Any] = dict(
     cutoff=4.0, channels=8, message_channels=4, hidden=8, num_basis=5, avg_num_neighbors=10.0
@@ -28,16 +28,8 @@ SMALL: dict[str, Any] = dict(
 def make(seed: int = 0, **hyperparameters: Any) -> Potential:
     torch.manual_seed(seed)
     model = build("ponita", **{**SMALL, **hyperparameters})
-    with torch.no_grad():
-        for p in model.parameters():
-            if not p.any():
-                p.normal_(0, 0.1)
+    without_zeros(model, 0.1)
     return Potential(model, torch.zeros(119), scale=2.0).double().eval()
-
-
-def rattled(atoms: Atoms, seed: int = 0) -> Atoms:
-    atoms.positions += default_rng(seed).normal(0, 0.08, atoms.positions.shape)
-    return atoms
 
 
 def graph(*structures: Atoms) -> AtomicGraph:
@@ -174,10 +166,7 @@ def test_a_vector_parallel_to_an_orientation_is_no_special_place() -> None:
     ):
         torch.manual_seed(0)
         model = build(name, **options)
-        with torch.no_grad():
-            for p in model.parameters():
-                if not p.any():
-                    p.normal_(0, 0.3)
+        without_zeros(model, 0.3)
         o = model.grid.points()[0] if smooth else model.points[0]
         across = torch.linalg.cross(o, torch.tensor([0.3, -0.2, 0.9])).numpy()
         potential = Potential(model, torch.zeros(119)).double().eval()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from ase.calculators.emt import EMT
 from mlip import checkpoint
 from mlip.data.hdf5 import HDF5Writer
 from mlip.training.config import TrainConfig, parse_training
+from mlip.training.log import read_rows
 from mlip.training.run import train
+from mlip.training.trainer import Interrupted, Trainer
 
 SMALL = {"cutoff": 3.6, "channels": 8, "num_layers": 1, "lmax": 1, "num_basis": 4, "hidden": 8}
 
@@ -102,6 +106,69 @@ def spawn() -> Any:
         if child.is_alive():
             child.kill()
         child.join()
+
+
+def alone_and_in_two_processes(
+    configure: Callable[..., TrainConfig], spawn: Any, sections: dict[str, Any]
+) -> tuple[TrainConfig, TrainConfig]:
+    """The same training by one process and by two; both are finished."""
+    one, two = configure("one", **sections), configure("two", **sections)
+    train_in_two_processes(two, spawn)
+    train(one)
+    return one, two
+
+
+def train_in_two_processes(
+    config: TrainConfig, spawn: Any, number: signal.Signals | None = None, code: int = 0
+) -> None:
+    """``train`` in two children, which end with this code; a signal, if one is given, goes to the
+    second of them once an epoch is done."""
+    port = free_port()
+    children = [spawn(train_in_group, config, rank, 2, port) for rank in range(2)]
+    if number is not None:
+        deadline = time.monotonic() + 60
+        while not read_rows(config.run_dir) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(children[1].pid, number)
+    for child in children:
+        child.join(300)
+        assert child.exitcode == code
+
+
+def whole_and_in_parts(
+    configure: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    steps: Sequence[int],
+    sections: dict[str, Any],
+) -> tuple[TrainConfig, TrainConfig]:
+    """The same training at once, and stopped by SIGTERM at these steps and continued."""
+    whole, parts = configure("whole", **sections), configure("parts", **sections, resume="auto")
+    train(whole)
+    for step in steps:
+        with monkeypatch.context() as patch:
+            stop_at(step, patch)
+            with pytest.raises(Interrupted) as stopped:
+                train(parts)
+        assert stopped.value.code == 143
+    train(parts)
+    return whole, parts
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if SIGTERM came during this step."""
+    agree = Trainer._agree
+
+    def stopping(self: Trainer) -> None:
+        if self.step == step:
+            self.signals.received = signal.SIGTERM
+        agree(self)
+
+    monkeypatch.setattr(Trainer, "_agree", stopping)
+
+
+def log_without_times(config: TrainConfig) -> list[dict[str, Any]]:
+    """Rows of the log without the times, which no two runs share."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(config.run_dir)]
 
 
 def train_in_group(config: TrainConfig, rank: int, size: int, port: int) -> None:

@@ -21,9 +21,8 @@ from mlip.data.transforms import RandomDisplacement
 from mlip.training.config import TrainConfig
 from mlip.training.log import read_rows
 from mlip.training.run import train
-from mlip.training.trainer import STATE, Interrupted
-from tests.training.conftest import SMALL, assert_same_bits
-from tests.training.test_trainer import stop_at
+from mlip.training.trainer import STATE
+from tests.training.conftest import SMALL, assert_same_bits, whole_and_in_parts
 
 Configure = Callable[..., TrainConfig]
 KT = 300 * kB
@@ -106,14 +105,7 @@ def test_no_labels_are_needed_and_the_run_continues_to_the_bit(
     }
     with pytest.raises(ValueError, match="energies"):
         train(configure("labels", **{**options, "denoising": None}))
-    whole, parts = configure("whole", **options), configure("parts", **options, resume="auto")
-    train(whole)
-    for step in (2, 3):
-        with monkeypatch.context() as patch:
-            stop_at(step, patch)
-            with pytest.raises(Interrupted):
-                train(parts)
-    train(parts)
+    whole, parts = whole_and_in_parts(configure, monkeypatch, (2, 3), options)
     assert_same_bits(whole.run_dir / STATE, parts.run_dir / STATE)
     assert (whole.run_dir / "config.yaml").read_text().count("kind: mse") == 1
 

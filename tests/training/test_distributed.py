@@ -20,9 +20,16 @@ from mlip.training import distributed
 from mlip.training.config import LossConfig, TrainConfig
 from mlip.training.log import read_rows
 from mlip.training.loss import Objective
-from mlip.training.run import train
 from mlip.training.trainer import BEST, STATE
-from tests.training.conftest import SMALL, assert_same_bits, free_port, tensors, train_in_group
+from tests.training.conftest import (
+    SMALL,
+    alone_and_in_two_processes,
+    assert_same_bits,
+    free_port,
+    tensors,
+    train_in_group,
+    train_in_two_processes,
+)
 
 Configure = Callable[..., TrainConfig]
 
@@ -86,13 +93,7 @@ def test_a_run_of_two_processes_equals_that_of_one_and_continues(
         "schedule": {"max_epochs": 2},
         "runtime": {"device": "cpu", "tune_allocator": False, "save_interval": 1e-6},
     }
-    one, two = configure("one", **sections), configure("two", **sections)
-    port = free_port()
-    children = [spawn(train_in_group, two, rank, 2, port) for rank in range(2)]
-    train(one)
-    for child in children:
-        child.join(60)
-        assert child.exitcode == 0
+    one, two = alone_and_in_two_processes(configure, spawn, sections)
     a, b = tensors(one.run_dir / BEST), tensors(two.run_dir / BEST)
     for name in a:
         assert torch.allclose(a[name], b[name], rtol=0, atol=1e-9, equal_nan=True), name
@@ -105,31 +106,16 @@ def test_a_signal_stops_all_processes_and_they_continue(configure: Configure, sp
     sections: dict[str, Any] = {"data": {"batch_size": 2}, "seed": 5}
     constant = {"kind": "constant", "warmup": 0.0}
     parts = configure("parts", **sections, schedule={**constant, "max_epochs": 10000})
-    run_pair(parts, spawn, signal.SIGTERM, [143, 143])
+    train_in_two_processes(parts, spawn, signal.SIGTERM, 143)
     from mlip import checkpoint
 
     epoch = checkpoint.read_tensors(parts.run_dir / STATE)[1]["epoch"] + 1
     schedule = {**constant, "max_epochs": epoch}
-    run_pair(configure("parts", **sections, schedule=schedule, resume="must"), spawn, None, [0, 0])
+    again = configure("parts", **sections, schedule=schedule, resume="must")
+    train_in_two_processes(again, spawn)
     whole = configure("whole", **sections, schedule=schedule)
-    run_pair(whole, spawn, None, [0, 0])
+    train_in_two_processes(whole, spawn)
     assert_same_bits(parts.run_dir / BEST, whole.run_dir / BEST)
-
-
-def run_pair(
-    config: TrainConfig, spawn: Any, number: signal.Signals | None, codes: list[int]
-) -> None:
-    """Train with two processes; send a signal to the second one once an epoch is done."""
-    port = free_port()
-    children = [spawn(train_in_group, config, rank, 2, port) for rank in range(2)]
-    if number is not None:
-        deadline = time.monotonic() + 60
-        while not read_rows(config.run_dir) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        os.kill(children[1].pid, number)
-    for child, code in zip(children, codes, strict=True):
-        child.join(60)
-        assert child.exitcode == code
 
 
 def test_a_killed_process_ends_the_other(configure: Configure, spawn: Any) -> None:
@@ -150,7 +136,7 @@ def test_a_batch_that_cannot_be_shared_is_rounded_up(configure: Configure, spawn
     odd = configure("odd", data={"batch_size": 3}, schedule={"max_epochs": 2})
     even = configure("even", data={"batch_size": 4}, schedule={"max_epochs": 2})
     for config in (odd, even):
-        run_pair(config, spawn, None, [0, 0])
+        train_in_two_processes(config, spawn)
     assert_same_bits(odd.run_dir / BEST, even.run_dir / BEST)
     assert "batch_size=3 cannot be shared by 2 processes, taking 4" in (
         odd.run_dir / "train.log"

@@ -23,15 +23,15 @@ from mlip.training.sampling import (
     members,
 )
 from mlip.training.sampling_config import SamplingConfig
-from mlip.training.trainer import BEST, LAST, STATE, Interrupted
+from mlip.training.trainer import BEST, LAST, STATE
 from tests.training.conftest import (
+    alone_and_in_two_processes,
     assert_same_bits,
-    free_port,
+    log_without_times,
     tensors,
-    train_in_group,
+    whole_and_in_parts,
     write_copper,
 )
-from tests.training.test_trainer import log_without_times, stop_at
 
 Configure = Callable[..., TrainConfig]
 
@@ -163,14 +163,8 @@ def test_a_weighted_run_continues_to_the_bit(
         "schedule": {"max_epochs": 7},
         "data": {"num_workers": 1},
     }
-    whole, parts = configure("whole", **options), configure("parts", **options, resume="auto")
-    train(whole)
-    for step in (5, 16, 18):  # 4 steps an epoch; weights are first set after the third
-        with monkeypatch.context() as patch:
-            stop_at(step, patch)
-            with pytest.raises(Interrupted):
-                train(parts)
-    train(parts)
+    # 4 steps an epoch; weights are first set after the third.
+    whole, parts = whole_and_in_parts(configure, monkeypatch, (5, 16, 18), options)
     for name in (STATE, BEST, LAST):
         assert_same_bits(whole.run_dir / name, parts.run_dir / name)
     assert log_without_times(whole) == log_without_times(parts)
@@ -189,13 +183,7 @@ def test_two_processes_weigh_alike(configure: Configure, spawn: Any) -> None:
         "loss": {"kind": "mse", "stress": 0},
         "schedule": {"max_epochs": 5},
     }
-    one, two = configure("one", **options), configure("two", **options)
-    port = free_port()
-    children = [spawn(train_in_group, two, rank, 2, port) for rank in range(2)]
-    train(one)
-    for child in children:
-        child.join(60)
-        assert child.exitcode == 0
+    one, two = alone_and_in_two_processes(configure, spawn, options)
     a, b = (tensors(c.run_dir / STATE) for c in (one, two))
     assert not bool((a["sampling.weights"] == 1).all())
     for name in ("shown", "weights", "history"):

@@ -26,9 +26,15 @@ from mlip.training.run import train
 from mlip.training.soft_equivariance import ProjectionTerm, project, violation
 from mlip.training.symmetry_config import ConstraintConfig, ProjectionConfig, SymmetryConfig
 from mlip.training.symmetry_losses import ConstraintTerm, LatentTerm, VarianceTerm, symmetry_terms
-from mlip.training.trainer import BEST, LAST, STATE, Interrupted
-from tests.training.conftest import assert_same_bits, free_port, train_in_group
-from tests.training.test_trainer import log_without_times, stop_at
+from mlip.training.trainer import BEST, LAST, STATE
+from tests.conftest import without_zeros
+from tests.training.conftest import (
+    alone_and_in_two_processes,
+    assert_same_bits,
+    log_without_times,
+    train_in_two_processes,
+    whole_and_in_parts,
+)
 
 Configure = Callable[..., TrainConfig]
 TINY = dict(
@@ -48,10 +54,7 @@ def random_transip(seed: int = 0, **other: Any) -> Potential:
     """In which no weight is zero; float64."""
     torch.manual_seed(seed)
     model = build("transip", **{**TINY, "cutoff": 4.0, **other})
-    with torch.no_grad():
-        for p in model.parameters():
-            if not p.any():
-                p.normal_(std=0.3)
+    without_zeros(model, 0.3)
     return Potential(model, torch.zeros(119)).double().train()
 
 
@@ -295,15 +298,7 @@ def test_a_continued_run_is_identical_to_the_bit(
     name: str, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sections = {"model": {"name": "transip", **TINY}, "schedule": {"max_epochs": 2}, **RUNS[name]}
-    whole = configure("whole", **sections)
-    parts = configure("parts", **sections, resume="auto")
-    train(whole)
-    for step in (2, 5):
-        with monkeypatch.context() as patch:
-            stop_at(step, patch)
-            with pytest.raises(Interrupted):
-                train(parts)
-    train(parts)
+    whole, parts = whole_and_in_parts(configure, monkeypatch, (2, 5), sections)
     for file in (STATE, BEST, LAST):
         assert_same_bits(whole.run_dir / file, parts.run_dir / file)
     assert log_without_times(whole) == log_without_times(parts)
@@ -323,13 +318,7 @@ def test_shares_of_two_processes_add_up(configure: Configure, spawn: Any) -> Non
         "schedule": {"max_epochs": 2},
         "symmetry": {"projection": {"groups": {"O3": 0.1}}},
     }
-    one, two = configure("one", **sections), configure("two", **sections)
-    port = free_port()
-    children = [spawn(train_in_group, two, rank, 2, port) for rank in range(2)]
-    train(one)
-    for child in children:
-        child.join(60)
-        assert child.exitcode == 0
+    one, two = alone_and_in_two_processes(configure, spawn, sections)
     for x, y in zip(read_rows(one.run_dir), read_rows(two.run_dir), strict=True):
         assert x["train_loss"] == pytest.approx(y["train_loss"], abs=1e-8)
 
@@ -340,11 +329,8 @@ def test_random_terms_run_in_two_processes(configure: Configure, spawn: Any) -> 
         "schedule": {"max_epochs": 1},
         "symmetry": {"constraint": {}, "pooled": {"hidden": 8}, "variance": {}},
     }
-    config, port = configure("two", **sections), free_port()
-    children = [spawn(train_in_group, config, rank, 2, port) for rank in range(2)]
-    for child in children:
-        child.join(60)
-        assert child.exitcode == 0
+    config = configure("two", **sections)
+    train_in_two_processes(config, spawn)
     state = checkpoint.read_tensors(config.run_dir / STATE)[0]
     assert (state["objective.constraint.violations"] > 0).sum() >= 7  # of both processes' chains
 

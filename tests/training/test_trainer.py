@@ -23,7 +23,15 @@ from mlip.training.config import TrainConfig
 from mlip.training.log import read_rows
 from mlip.training.run import train
 from mlip.training.trainer import BEST, LAST, STATE, DivergenceError, Interrupted, Trainer
-from tests.training.conftest import SMALL, assert_same_bits, same_bits, tensors, write_copper
+from tests.training.conftest import (
+    SMALL,
+    assert_same_bits,
+    log_without_times,
+    same_bits,
+    stop_at,
+    tensors,
+    write_copper,
+)
 
 Configure = Callable[..., TrainConfig]
 
@@ -40,22 +48,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "data": {"batch_size": None, "max_atoms": 12},
     },
 }
-
-
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if SIGTERM came during this step."""
-    agree = Trainer._agree
-
-    def stopping(self: Trainer) -> None:
-        if self.step == step:
-            self.signals.received = signal.SIGTERM
-        agree(self)
-
-    monkeypatch.setattr(Trainer, "_agree", stopping)
-
-
-def log_without_times(config: TrainConfig) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(config.run_dir)]
 
 
 def test_it_fits_four_frames(configure: Configure, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from mlip.wrappers.frame_averaging import FrameAveraging
 from mlip.wrappers.local_frames import step
 from mlip.wrappers.principal_axes import Eigen
 from mlip.wrappers.rotation_averaging import RotationAveraging
+from tests.conftest import without_zeros
 
 Make = Callable[..., Potential]
 CUTOFF = 4.0
@@ -84,10 +85,7 @@ def framed(potential: Potential, kind: str = "local", **options: Any) -> Potenti
 def backbone(name: str, **changes: Any) -> Potential:
     torch.manual_seed(0)
     model = build(name, cutoff=CUTOFF, **{**SMALL[name], **changes})
-    with torch.no_grad():
-        for p in model.parameters():
-            if not p.any():
-                p.normal_(0, 0.3)
+    without_zeros(model, 0.3)
     return Potential(model, torch.linspace(-2, 2, 119), scale=2.0).double().eval()
 
 

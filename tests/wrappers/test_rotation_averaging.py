@@ -18,6 +18,7 @@ from mlip.potential import Potential
 from mlip.rotation_orbit import rotation_orbit
 from mlip.wrappers import unwrapped, wrap
 from mlip.wrappers.rotation_averaging import RotationAveraging, RotationAveragingConfig
+from tests.conftest import without_zeros
 
 Make = Callable[..., Potential]
 
@@ -146,9 +147,7 @@ def small_escaip() -> Potential:
         "escaip", cutoff=4.0, hidden=8, node_hidden=8, num_heads=2, num_layers=1,
         angular_channels=(2, 1), num_basis=4, angular="vectors", avg_num_neighbors=10.0,
     )  # fmt: skip
-    for p in model.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, 0, 0.1)
+    without_zeros(model, 0.1)
     return Potential(model, torch.linspace(-2, 2, 119)).double().eval()
 
 
