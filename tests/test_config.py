@@ -232,3 +232,13 @@ def test_shipped_configurations_are_valid() -> None:
     for file in files:
         config = load_training(file)
         assert yaml.safe_load(to_yaml(config))
+
+
+def test_learning_rates_are_those_that_the_model_needs() -> None:
+    """Weights of MACE are of size one: the default steps are far too small for them."""
+    plain, mace = (parse_training({**DATA, "model": name}).optimizer for name in ("facet", "mace"))
+    assert (mace.name, mace.muon_lr, mace.lr) == ("muon", 10 * plain.muon_lr, 10 * plain.lr)
+    named = {**DATA, "model": "mace", "optimizer": {"name": "adamw"}}
+    assert parse_training(named).optimizer.lr == 0.01
+    given = {**DATA, "model": "mace", "lr": 0.02}
+    assert parse_training(given).optimizer.lr == 0.02

@@ -20,7 +20,7 @@ from mlip.config import Config, ConfigError, apply_overrides, parse, read_yaml
 from mlip.training import wrapper_config
 from mlip.training.denoising_config import DenoisingConfig
 from mlip.training.sampling_config import SamplingConfig
-from mlip.training.sizes import SIZES
+from mlip.training.sizes import RATES, SIZES
 from mlip.training.symmetry_config import SymmetryConfig
 
 # The habitual flat names of MACE's command line; documented in docs/training.md.
@@ -374,7 +374,7 @@ def hyperparameters(config: TrainConfig, avg_num_neighbors: float | None = None)
 
 
 def parse_training(content: Mapping[str, Any], source: str = "configuration") -> TrainConfig:
-    """Check the content of a configuration file, and fill in the preset of the model's size."""
+    """Check the content of a configuration file, and fill in the presets of the model."""
     content = _without_aliases(content, source)
     model = content.get("model", {})
     if model is None or isinstance(model, str):  # "model: facet"
@@ -388,6 +388,10 @@ def parse_training(content: Mapping[str, Any], source: str = "configuration") ->
         if model.get("size") is not None and name not in SIZES:
             raise ConfigError(f"{source}: option 'model.size': {name} has no presets of size")
         model = {**preset, **model}
+        given = content.get("optimizer") or {}
+        if isinstance(given, Mapping):
+            rates = RATES.get(name, {}).get(str(given.get("name", OptimizerConfig().name)), {})
+            content = {**content, "optimizer": {**rates, **given}}
     else:
         name = "facet"
     content, wrapper = wrapper_config.with_section(content, source)

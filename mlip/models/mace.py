@@ -100,6 +100,15 @@ class MACEConfig(Config):
                 raise ValueError("elements must be ascending, each once")
         return self
 
+    @model_validator(mode="after")
+    def _degrees(self) -> MACEConfig:
+        if self.lmax > self.max_ell:
+            raise ValueError(
+                f"lmax={self.lmax}: features cannot have larger degrees than the harmonics, "
+                f"max_ell={self.max_ell}"
+            )
+        return self
+
 
 class Species(NamedTuple):
     """Atoms sorted by element."""

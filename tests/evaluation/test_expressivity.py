@@ -21,6 +21,7 @@ from mlip.models import build
 from mlip.nn.spherical import SphericalHarmonics, clebsch_gordan
 from mlip.potential import Potential
 from mlip.training.sizes import SIZES
+from mlip.wrappers import wrap
 
 PAIRS = environment_pairs()
 # Bodies that one layer of a model correlates at a centre; two layers of each tell all pairs apart.
@@ -105,3 +106,10 @@ def test_a_model_tells_apart_what_its_order_promises(name: str, depth: int) -> N
             assert told.center < 1e-13
         else:
             assert told.center > 1e-11
+
+
+def test_a_network_in_local_frames_sees_all_bodies_at_once() -> None:
+    torch.manual_seed(0)
+    model = build("environment", cutoff=5.0, hidden=16, edge_hidden=8, num_heads=2, num_basis=5)
+    for told in tell_apart(with_random_weights(wrap(model, "frame_averaging"))):
+        assert told.center > 1e-6

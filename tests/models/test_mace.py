@@ -173,3 +173,10 @@ def test_one_layer_and_no_edge() -> None:
     p = potential(elements=(1, 6, 8), num_layers=1)
     assert p(AtomicGraph.from_atoms(ethanol(), 4.0))["forces"].abs().max() > 1e-3
     assert p(AtomicGraph.from_atoms(Atoms("C"), 4.0))["energy"].item() == 0
+
+
+def test_features_of_larger_degrees_than_the_harmonics_are_refused() -> None:
+    with pytest.raises(ConfigError, match="max_ell=1"):
+        build("mace", lmax=2, max_ell=1)
+    p = potential(elements=(1, 6, 8), lmax=1, max_ell=1)
+    assert p(AtomicGraph.from_atoms(ethanol(), 4.0))["forces"].abs().max() > 1e-3
