@@ -18,7 +18,8 @@ training and 50 for validation, of 3BPA 450 of train_300K for training and the o
 The rotation error is the root mean square deviation of forces on orbits of random rotations and
 reflections from their mean.
 
-``--table`` writes the table into README.md and docs/models.md, between their comments.
+``--table`` writes the table into README.md and docs/models.md, between their comments, and there
+that of 3BPA, if there is one.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def table(rows: list[Row], minutes: float) -> str:
         si, ethanol = (one(rows, model=model, set=s, minutes=minutes) for s in ("Si", "ethanol"))
         some = next((row for row in costs.values() if row), {})
         cells = [
-            f"{some['parameters']:,}".replace(",", " ") if some else "",
+            spaced(some["parameters"]) if some else "",
             *(number(costs[w], "ms", 1 / costs[w].get("atoms", 1)) for w in ("Si216", "molecule")),
             f"{5e3 / costs['training']['ms']:.3g}" if costs["training"] else "",
             " / ".join(number(costs[w], "peak_MiB") for w in ("Si216", "training")),
@@ -159,6 +160,29 @@ def table(rows: list[Row], minutes: float) -> str:
         ]
         found.append((ethanol.get("forces_mae", 1e9), f"| `{model}` | {' | '.join(cells)} |"))
     return "\n".join([*lines, *(line for _, line in sorted(found))])
+
+
+def table_of_3bpa(rows: list[Row]) -> str:
+    """Errors, speed and memory of the trainings on 3BPA."""
+    lines = [
+        "| model | parameters | minutes | steps | steps/s | E (meV/atom) | F MAE (meV/Å) "
+        "| F RMSE (meV/Å) | memory of a step on 5 ethanol, MiB | of Si 216, MiB |",
+        "|---|" + "---:|" * 9,
+    ]
+    found = [row for row in rows if row.get("set") == "3BPA"]
+    for r in sorted(found, key=lambda r: (r["minutes"], r["forces_mae"])):
+        step, large = (one(rows, model=r["model"], cost=what) for what in ("training", "Si216"))
+        lines.append(
+            f"| `{r['model']}` | {spaced(r['parameters'])} | {r['minutes']:g} | {r['steps']} "
+            f"| {1 / r['seconds_per_step']:.2g} | {number(r, 'energy_mae_per_atom')} "
+            f"| {number(r, 'forces_mae')} | {number(r, 'forces_rmse')} "
+            f"| {number(step, 'peak_MiB')} | {number(large, 'peak_MiB')} |"
+        )
+    return "\n".join(lines) if found else ""
+
+
+def spaced(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
 
 
 def one(rows: list[Row], **key: object) -> Row:
@@ -188,6 +212,9 @@ def main() -> None:
         for page in (HERE.parent / "README.md", HERE.parent / "docs" / "models.md"):
             insert(page, "all models", text)
         print(text)
+        if more := table_of_3bpa(RESULTS.rows()):
+            insert(page, "3BPA", more)
+            print(more)
         return
     for model in () if a.no_cost else a.models:
         for what in COSTS:

@@ -1,27 +1,33 @@
 """Gaunt products beside e3nn's tensor products, and convolutions along edges.
 
     python benchmarks/gaunt_product.py [--threads 2] [--rounds 7]
+    python benchmarks/gaunt_product.py --table
 
 Products: 1000 rows x 32 channels, degrees up to L in and out, L = 1 ... 6, float32; e3nn's
 channel-wise product has the paths that the Gaunt product has (l1 + l2 + l3 even), each with a
-weight.  Forward; forward and backward to both inputs; and the gradient of a force-like loss, which
-training needs.  Also the two transforms of a product on a Gauss grid that is split into a Legendre
-and a Fourier stage, and the published form in a Fourier basis.
+weight (of which no gradient is taken).  Forward; forward and backward to both inputs; and the
+gradient of a force-like loss, which training needs.  Also the two transforms of a product on a
+Gauss grid that is split into a Legendre and a Fourier stage, and the published form in a Fourier
+basis.
 
 Edges: 1000 edges x 32 channels, weights for each edge, path and channel; e3nn's ``uvu`` with the
 harmonics given, ours with frames given and with frames made from bonds.
 
-Forms alternate within a process, after a first call that is not counted; one process has glibc's
-allocator as it is, one as `mlip train` sets it.  On a busy machine the time on processors says
-more than that on the wall, with one thread.  Each form has its own memory layout.  The exponent
-is the slope of log(time) over log(L + 1).  Numbers of multiplications are for each row and channel
-of a forward pass.  Writes results/gaunt_product.json.
+Made in pieces, each in a process of its own: an allocator (glibc's as it is, or as `mlip train`
+sets it), a degree, products or edges.  Each is one row of results/gaunt_product.json, and a row
+that is there is not made again.  Forms alternate within a process, after three calls that are not
+counted.  On a busy machine the time on processors says more than that on the wall, with one thread.
+Each form has its own memory layout.  Numbers of multiplications are for each row and channel of a
+forward pass.  ``--table`` writes docs/models.md; the exponent is the slope of log(time) over
+log(L + 1).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -32,9 +38,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from e3nn import o3
+from pieces import Pieces, Row, insert
 from speed import cpu_name
 from torch import Tensor
 
+from mlip.allocator import tune_allocator
 from mlip.nn.aligned_convolution import AlignedConvolution, bond_frames
 from mlip.nn.gaunt_product import GauntProduct
 from mlip.nn.gaunt_reference import FourierProduct, product_paths, to_e3nn
@@ -43,7 +51,10 @@ from mlip.nn.spherical import SphericalHarmonics
 
 ROWS, CHANNELS = 1000, 32
 WHICH = ("median_ms", "min_ms", "processor_ms")
+PARTS = ("product", "edges")
+ALLOCATORS = ("default", "tuned")
 HERE = Path(__file__).parent
+RESULTS = Pieces(HERE / "results" / "gaunt_product.json")
 
 
 class SeparableProduct:
@@ -188,48 +199,68 @@ def timed(forms: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict
     }
 
 
-def exponent(degrees: list[int], milliseconds: list[float]) -> float:
-    slope = np.polyfit(np.log(np.array(degrees) + 1), np.log(milliseconds), 1)[0]
-    return round(float(slope), 2)
-
-
-def measure(
-    allocator: str, threads: int, rounds: int, degrees: list[int], only: str
-) -> dict[str, object]:
-    """Everything, in this process."""
+def measure(allocator: str, degree: int, part: str, threads: int, rounds: int) -> Row:
+    """One piece, in this process."""
     if allocator == "tuned":
-        from mlip.training.run import tune_allocator
-
         tune_allocator()
     torch.set_num_threads(threads)
-    table = {}
-    for L in degrees:
-        forms, counts = product_forms(L)
-        product = timed({name: form for name, form in forms.items() if only in name}, rounds)
-        edges = {} if only else timed(edge_forms(L), rounds)
-        times_faster = {
-            kind: {
-                which: round(product[f"e3nn {kind}"][which] / product[f"gaunt {kind}"][which], 2)
-                for which in WHICH
-            }
-            for kind in ("forward", "forward + backward", "twice")
-            if f"gaunt {kind}" in product
-        }
-        table[L] = {
-            "product": product,
-            "times_faster_than_e3nn": times_faster,
-            "multiplications": counts,
-            "edges_forward_and_backward": edges,
-        }
-        print(allocator, L, times_faster, file=sys.stderr, flush=True)
-    names = ("gaunt forward + backward", "e3nn forward + backward", "gaunt forward")
-    slopes = {
-        f"{name} ({which})": exponent(degrees, [table[L]["product"][name][which] for L in degrees])
-        for name in (*names, "split forward")
-        if name in product
-        for which in WHICH
+    if part == "edges":
+        return {"times": timed(edge_forms(degree), rounds)}
+    forms, counts = product_forms(degree)
+    return {"times": timed(forms, rounds), "multiplications": counts}
+
+
+def in_a_process(*arguments: object) -> Row:
+    """``measure`` in a process whose allocator nobody has touched."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    command = [sys.executable, "-W", "ignore", __file__, "--piece", *map(str, arguments)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env=environment
+    ).stdout
+    return json.loads(done.splitlines()[-1])
+
+
+def exponent(degrees: list[int], milliseconds: list[float]) -> float:
+    """Slope of log(time) over log(L + 1)."""
+    return float(np.polyfit(np.log(np.array(degrees) + 1), np.log(milliseconds), 1)[0])
+
+
+def table(rows: list[Row], which: str) -> str:
+    """Milliseconds of forward and backward for each degree, the ratio, and exponents."""
+    kinds = {
+        "product": [
+            ("forward", "forward"),
+            ("forward + backward", "forward + backward"),
+            ("of a loss of forces", "twice"),
+        ],
+        "edges": [("edges, forward + backward", "")],
     }
-    return {"exponents": slopes, "degrees": table}
+    lines = []
+    threads = sorted({row["threads"] for row in rows})
+    for n, allocator in itertools.product(threads, ("default", "tuned")):
+        for part, labels in kinds.items():
+            found = {
+                row["degree"]: {form: t[which] for form, t in row["times"].items()}
+                for row in rows
+                if (row["threads"], row["allocator"], row["part"]) == (n, allocator, part)
+            }
+            for label, kind in labels if found else ():
+                L = sorted(found)
+                ours, theirs = (
+                    [found[l][f"{form} {kind}" if kind else form] for l in L]
+                    for form in ("gaunt" if kind else "aligned with frames", "e3nn")
+                )
+                if not lines:
+                    lines = ["| | " + " | ".join(f"L = {l}" for l in L) + " | exponent |"]
+                    lines.append("|---|" + "---:|" * (len(L) + 1))
+                ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+                several = len(L) > 2
+                for name, values in (("ours", ours), ("e3nn", theirs), ("ratio", ratios)):
+                    power = f"{exponent(L, values):.1f}" if several and name != "ratio" else ""
+                    cells = " | ".join(f"{x:.3g}" for x in values)
+                    what = f"{label}, {allocator} allocator, {n} threads: {name}"
+                    lines.append(f"| {what} | {cells} | {power} |")
+    return "\n".join(lines).replace("1 threads", "1 thread")
 
 
 def main() -> None:
@@ -239,21 +270,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--degrees", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6])
-    parser.add_argument("--only", default="", help="products whose name has this in it, no edges")
-    parser.add_argument("--allocator", choices=["tuned", "default"], help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "gaunt_product.json")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--allocators", nargs="+", choices=ALLOCATORS, default=ALLOCATORS)
+    parser.add_argument("--table", action="store_true", help="write the table into the docs")
+    parser.add_argument("--by", choices=WHICH, default="median_ms", help="time in the table")
+    parser.add_argument("--piece", nargs=5, help=argparse.SUPPRESS)
     a = parser.parse_args()
-    if a.allocator:  # the process of one setting
-        print(json.dumps(measure(a.allocator, a.threads, a.rounds, a.degrees, a.only)))
+    if a.piece:  # the process of one piece
+        allocator, degree, part, threads, rounds = a.piece
+        print(json.dumps(measure(allocator, int(degree), part, int(threads), int(rounds))))
         return
-    result = {"cpu": cpu_name(), "threads": a.threads, "rows": ROWS, "channels": CHANNELS}
-    options = ["--threads", str(a.threads), "--rounds", str(a.rounds)]
-    options += ["--only", a.only, "--degrees", *map(str, a.degrees)]
-    for allocator in ("default", "tuned"):
-        command = [sys.executable, "-W", "ignore", __file__, "--allocator", allocator, *options]
-        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        result[allocator] = json.loads(answer.stdout)
-    a.out.write_text(json.dumps(result, indent=1) + "\n")
+    if a.table:
+        text = table(RESULTS.rows(), a.by)
+        insert(HERE.parent / "docs" / "models.md", "gaunt product", text)
+        print(text)
+        return
+    for part, degree, allocator in itertools.product(a.parts, a.degrees, a.allocators):
+        key: Row = {"allocator": allocator, "degree": degree, "part": part, "threads": a.threads}
+        if not RESULTS.rows(**key):
+            found = in_a_process(allocator, degree, part, a.threads, a.rounds)
+            RESULTS.add({**key, "cpu": cpu_name(), **found})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,22 @@
 """Our MACE beside mace-torch: the same weights, energies and forces; speed; errors of training.
 
     MLIP_DATASETS=/path/to/datasets MACE=/path/to/mace/venv python benchmarks/mace_reference.py
-    ... python benchmarks/mace_reference.py --train 10 --seeds 3
+    ... python benchmarks/mace_reference.py --train 800 --seeds 3
+    python benchmarks/mace_reference.py --table
 
 Random weights of mace-torch's ScaleShiftMACE are copied into ours: energies and forces of both are
 compared in float64 on structures of several kinds, and so are ten steps of training with the same
-batches.  Then steps of inference and training are timed, the two packages in turn in one run.  With
-``--train MINUTES`` both are trained, from the same weights, on the same batches, for the number of
-steps that the slower one makes in that time, and errors are written for each seed.
+batches.  Then steps of inference and training are timed, the two packages in turn in one run.
+
+With ``--train STEPS`` both are trained for so many steps, from the same weights, on the same
+batches, with the loss, optimizer and average of weights of ``mace_run_train`` in its constant
+phase.  A set, a seed and a side are one piece; the same command may run once for each core, and
+takes what the others leave.  The side ``mlip`` has its own default energy of isolated atoms;
+``mlip, learned`` has the published one, with which it is mace-torch's model to rounding, and the
+two differ by arithmetic alone.
+
+Each piece is a row of results/mace_reference.json or results/mace_training.json, and a row that is
+there is not made again.  ``--table`` writes docs/models.md.
 """
 
 from __future__ import annotations
@@ -29,9 +38,12 @@ from ase.build import bulk, fcc111, molecule
 from ase.io import read, write
 from mace_weights import to_mlip
 from numpy.random import default_rng
+from pieces import Pieces, insert
 from speed import cpu_name
 
 HERE = Path(__file__).parent
+RESULTS = Pieces(HERE / "results" / "mace_reference.json")
+TRAINED = Pieces(HERE / "results" / "mace_training.json")
 SIDES = ("mlip", "mace")
 BASE: dict[str, Any] = dict(
     cutoff=5.0,
@@ -119,13 +131,14 @@ def same_weights(workers: dict[str, Worker], folder: str, h: dict[str, Any], **o
     }
 
 
-def agreement(workers: dict[str, Worker], folder: str) -> dict[str, Any]:
+def agreement(workers: dict[str, Worker], folder: str) -> None:
     """Largest differences of energies and forces, and of ten losses of training."""
     frames = structures()
     elements = sorted({int(z) for atoms in frames for z in atoms.numbers})
     write(f"{folder}/kinds.xyz", frames)
-    table = {}
     for number, (name, changes) in enumerate(AGREE.items()):
+        if RESULTS.rows(part="agreement", model=name):
+            continue
         # Few neighbours: densities of order one, so that products of three count.
         h = {**BASE, **changes, "elements": elements, "scale": 1.7, "avg_num_neighbors": 3.0}
         h["e0"] = [float(z) / 7 for z in elements]
@@ -138,7 +151,7 @@ def agreement(workers: dict[str, Worker], folder: str) -> dict[str, Any]:
             worker("start", lr=0.01, energy=1.0, forces=10.0)
             losses[side] = worker("steps", name="kinds", batches=[[0, 3], [4, 2, 5]] * 5)["losses"]
         a, b = np.array(losses["mlip"]), np.array(losses["mace"])
-        table[name] = {
+        row = {
             "parameters": sizes,
             "largest_energy_eV": float(np.abs(out["mace"]["energy"]).max()),
             "energy_difference_eV": float(
@@ -151,8 +164,7 @@ def agreement(workers: dict[str, Worker], folder: str) -> dict[str, Any]:
             "first_and_last_loss": [float(b[0]), float(b[-1])],
             "relative_difference_of_10_losses": float(np.abs(a / b - 1).max()),
         }
-        print(name, json.dumps(table[name]), flush=True)
-    return table
+        RESULTS.add({"part": "agreement", "model": name, **row})
 
 
 def fixture(workers: dict[str, Worker], folder: str, out: Path) -> None:
@@ -218,10 +230,12 @@ def median_ratio(seconds: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def speed(workers: dict[str, Worker], data: dict[str, Any], folder: str, rounds: int) -> Any:
+def speed(workers: dict[str, Worker], data: dict[str, Any], folder: str, a: Any) -> None:
     """Energy with forces of one structure, and a step of training on five, in turn, float32."""
-    table: dict[str, Any] = {}
-    for model, name in product(SPEED, data):
+    for model, name in product(SPEED, a.sets):
+        key = {"part": "speed", "model": model, "set": name, "threads": a.threads}
+        if RESULTS.rows(**key):
+            continue
         h = {**BASE, **SPEED[model], **data[name]["hyperparameters"]}
         same_weights(workers, folder, h, seed=0, dtype="float32")
         for worker in workers.values():
@@ -230,80 +244,136 @@ def speed(workers: dict[str, Worker], data: dict[str, Any], folder: str, rounds:
         inference: dict[str, list[float]] = {side: [] for side in SIDES}
         training: dict[str, list[float]] = {side: [] for side in SIDES}
         numbers = list(range(5))
-        for warm in range(rounds + 1):
+        for warm in range(a.rounds + 1):
             for side, worker in workers.items():
                 seconds = worker("time_inference", name="train", number=0, repeats=3)
                 steps = worker("steps", name="train", batches=[numbers])["seconds"]
                 if warm:
                     inference[side] += seconds
                     training[side] += steps
-        table[f"{name}, {model}"] = {
-            "energy and forces of one structure": median_ratio(inference),
-            "training step, batch 5": median_ratio(training),
-        }
-        print(f"{name}, {model}", json.dumps(table[f"{name}, {model}"]), flush=True)
-    return table
+        row = {"inference": median_ratio(inference), "training": median_ratio(training)}
+        RESULTS.add({**key, "cpu": cpu_name(), **row})
 
 
-def train(workers: dict[str, Worker], data: dict[str, Any], folder: str, a: Any) -> Any:
-    """Errors after the same number of steps, for each seed; our model also with its own default
-    energy of isolated atoms."""
-    table: dict[str, Any] = {}
-    for name in a.sets:
-        steps, rows = None, []
-        for seed in range(a.seeds):
-            h = {**BASE, **data[name]["hyperparameters"], "isolated": a.isolated}
+def train(data: dict[str, Any], folder: str, environment: dict[str, str], a: Any) -> None:
+    """Errors on the held-out structures after the same steps, of each set, seed and side."""
+    for name, seed, side in product(a.sets, range(a.seeds), a.sides):
+        key = {"set": name, "seed": seed, "side": side, "steps": a.train}
+        with TRAINED.claimed(
+            Path(tempfile.gettempdir()) / f"mace-{name}-{seed}-{side}", **key
+        ) as ours:
+            if not ours:
+                continue
+            # The first weights are those of mace-torch on either side.
+            workers = {s: Worker(s, a.threads, environment) for s in SIDES}
+            isolated = "learned" if side == "mlip, learned" else "zero"
+            h = {**BASE, **data[name]["hyperparameters"], "isolated": isolated}
             same_weights(workers, folder, h, seed=seed, dtype="float32")
+            worker = workers[side.partition(",")[0]]
+            for part in ("train", "valid"):
+                worker("read", name=part, file=f"{folder}/{name}_{part}.xyz")
+            worker("start", lr=0.01, energy=1.0, forces=1000.0)
             rng = default_rng(seed)
-            for worker in workers.values():
-                for part in ("train", "valid"):
-                    worker("read", name=part, file=f"{folder}/{name}_{part}.xyz")
-                worker("start", lr=0.01, energy=1.0, forces=1000.0)
-            if steps is None:
-                pilot = {
-                    s: w("steps", name="train", batches=[list(range(5))] * 5)
-                    for s, w in workers.items()
-                }
-                slow = max(statistics.median(p["seconds"][1:]) for p in pilot.values())
-                steps = max(int(60 * a.train / slow / a.seeds / 2 / len(a.sets)), 1)
-                same_weights(workers, folder, h, seed=seed, dtype="float32")
-                for worker in workers.values():
-                    for part in ("train", "valid"):
-                        worker("read", name=part, file=f"{folder}/{name}_{part}.xyz")
-                    worker("start", lr=0.01, energy=1.0, forces=1000.0)
             batches: list[list[int]] = []
-            while len(batches) < steps:
+            while len(batches) < a.train:
                 order = rng.permutation(data[name]["train"])
                 batches += [order[k : k + 5].tolist() for k in range(0, len(order) - 4, 5)]
-            row: dict[str, Any] = {"seed": seed, "steps": steps}
-            for side, worker in workers.items():
-                seconds = worker("steps", name="train", batches=batches[:steps])["seconds"]
-                row[side] = {
-                    **{key: round(x, 3) for key, x in worker("errors", name="valid").items()},
-                    "steps_per_s": round(len(seconds) / sum(seconds), 2),
-                }
-            rows.append(row)
-            print(name, json.dumps(row), flush=True)
-        table[name] = rows
-    return table
+            seconds = worker("steps", name="train", batches=batches[: a.train])["seconds"]
+            errors = {k: round(x, 3) for k, x in worker("errors", name="valid").items()}
+            for each in workers.values():
+                each.process.terminate()
+            TRAINED.add(
+                {**key, **errors, "ms_per_step": round(1e3 * statistics.median(seconds), 1)}
+            )
+
+
+def agreement_table() -> str:
+    lines = [
+        "| model | parameters | largest energy (eV) | difference | largest force (eV/Å) "
+        "| difference | relative difference of 10 losses |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {r['model']} | {r['parameters']['mlip']} | {r['largest_energy_eV']:.0f} "
+        f"| {r['energy_difference_eV']:.0e} | {r['largest_force_eV_per_A']:.1f} "
+        f"| {r['force_difference_eV_per_A']:.0e} | {r['relative_difference_of_10_losses']:.0e} |"
+        for r in RESULTS.rows(part="agreement")
+    ]
+    return "\n".join(lines)
+
+
+def speed_table() -> str:
+    lines = [
+        "| | energy + forces, ms: ours | mace-torch | ratio | step of training, ms: ours "
+        "| mace-torch | ratio |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in RESULTS.rows(part="speed"):
+        cells = [
+            f"{r[what]['mlip_ms']:.0f} | {r[what]['mace_torch_ms']:.0f} "
+            f"| {r[what]['times_faster']:.1f}"
+            for what in ("inference", "training")
+        ]
+        lines.append(f"| {r['set']}, {r['model']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def training_table() -> str:
+    """Means over seeds, and their spread; equal within noise if they differ by less than it."""
+    rows = TRAINED.rows()
+    lines = [
+        "| set | steps | side | seeds | E RMSE (meV/atom) | F RMSE (meV/Å) | ms/step |",
+        "|---|---:|---|---:|---:|---:|---:|",
+    ]
+    keys = sorted({(r["set"], r["steps"], r["side"]) for r in rows})
+    for name, steps, side in keys:
+        found = [r for r in rows if (r["set"], r["steps"], r["side"]) == (name, steps, side)]
+        cells = []
+        for q in ("energy_rmse_meV_per_atom", "force_rmse_meV_per_A"):
+            values = [r[q] for r in found]
+            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3g}{spread}")
+        ms = statistics.median(r["ms_per_step"] for r in found)
+        own = {"mace": "mace-torch", "mlip": "ours", "mlip, learned": "ours, `isolated: learned`"}
+        lines.append(
+            f"| {name} | {steps} | {own[side]} | {len(found)} | {' | '.join(cells)} | {ms:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def write_tables() -> None:
+    """Into docs/models.md, those that have rows."""
+    page = HERE.parent / "docs" / "models.md"
+    made = {"agreement": agreement_table(), "speed": speed_table(), "training": training_table()}
+    for name, text in made.items():
+        if text.count("\n") > 1:
+            insert(page, f"mace {name}", text)
+            print(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument(
-        "--train", type=float, metavar="MINUTES", help="in all, instead of the rest"
-    )
-    parser.add_argument("--fixture", type=Path, help="write the file of the tests, nothing else")
+    parser.add_argument("--train", type=int, metavar="STEPS", help="instead of the rest")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sets", nargs="+", choices=["3BPA", "Si"], default=["3BPA", "Si"])
-    parser.add_argument("--isolated", choices=["zero", "learned"], default="zero")
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        choices=["mace", "mlip", "mlip, learned"],
+        default=["mace", "mlip"],
+        help="of trainings",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=["agreement", "speed"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=5, help="of timings")
+    parser.add_argument("--fixture", type=Path, help="write the file of the tests, nothing else")
+    parser.add_argument("--table", action="store_true", help="write the tables into the docs")
     a = parser.parse_args()
+    if a.table:
+        write_tables()
+        return
     environment = dict(
         os.environ,
         OMP_NUM_THREADS=str(a.threads),
@@ -313,27 +383,21 @@ def main() -> None:
         MALLOC_TRIM_THRESHOLD_="2147483647",
         MALLOC_TOP_PAD_="67108864",
     )
-    workers = {side: Worker(side, a.threads, environment) for side in SIDES}
-    result: dict[str, Any] = {
-        "cpu": cpu_name(),
-        "threads": a.threads,
-    }
     with tempfile.TemporaryDirectory() as folder:
-        if a.fixture:
-            return fixture(workers, folder, a.fixture)
-        data = load(Path(os.environ["MLIP_DATASETS"]), folder)
         if a.train:
-            result["training"] = train(workers, data, folder, a)
+            train(load(Path(os.environ["MLIP_DATASETS"]), folder), folder, environment, a)
+            return
+        workers = {side: Worker(side, a.threads, environment) for side in SIDES}
+        if a.fixture:
+            fixture(workers, folder, a.fixture)
         else:
             if a.only != "speed":
-                result["agreement"] = agreement(workers, folder)
+                agreement(workers, folder)
             if a.only != "agreement":
-                result["speed"] = speed(workers, data, folder, a.rounds)
-    for worker in workers.values():
-        worker.process.terminate()
-    name = "mace_training" if a.train else "mace_reference"
-    out = a.out or HERE / "results" / f"{name}.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
+                data = load(Path(os.environ["MLIP_DATASETS"]), folder)
+                speed(workers, data, folder, a)
+        for worker in workers.values():
+            worker.process.terminate()
 
 
 if __name__ == "__main__":

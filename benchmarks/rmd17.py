@@ -33,11 +33,11 @@ def table(rows: list[Row]) -> str:
     timed = [r for r in rows if r["minutes"] is not None]
     for r in sorted(timed, key=lambda r: (RMD17.index(r["set"]), r["minutes"], r["forces_mae"])):
         lines.append(
-            f"| {r['set']} | {r['minutes']:g} | `{r['model']}` | {r['parameters']:,} "
+            f"| {r['set']} | {r['minutes']:g} | `{r['model']}` | {r['parameters']} "
             f"| {r['steps']} | {r['energy_mae']:.3g} | {r['forces_mae']:.3g} "
             f"| {r['rotation_forces_rms']:.2g} | {100 * r['rotation_over_error']:.2g} % |"
         )
-    return "\n".join(lines).replace(",", " ")
+    return "\n".join(lines)
 
 
 def main() -> None:

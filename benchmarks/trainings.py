@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ VARIANTS: dict[str, list[str]] = {
     "ponita-20-gelu": ["model.orientations=20", "model.pointwise=gelu", *LEARNED],
     "ponita-32-gelu": ["model.orientations=32", "model.pointwise=gelu", *LEARNED],
     "ponita_published": LEARNED,
+    "mace-64": ["model.channels=64", "model.lmax=1"],  # of benchmarks/threebpa.sh
     "transip": LEARNED,
     "escaip-vectors": ["model.angular=vectors", *LEARNED],
     "environment": LEARNED,
@@ -101,15 +103,24 @@ def data_files(dataset: str) -> dict[str, Path]:
 
 
 def mlip(*arguments: str, log: Path) -> None:
-    """A command of the package on one thread."""
+    """A command of the package on one thread; SIGTERM and Ctrl-C end it, too, with its state
+    saved."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with log.open("w") as file:
-        subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "mlip", *arguments],
-            check=True,
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if code:
+        raise SystemExit(f"mlip {arguments[0]} ended with code {code}; see {log}")
 
 
 def train(run: Path, model: str, dataset: str, length: Sequence[str]) -> dict[str, float]:
