@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from ase.collections import g2
 from ase.data import chemical_symbols, reference_states
 
 from mlip.calculators.eq_calculator import EqCalculator
+from mlip.calculators.memory import PeakMemory, available_memory
 
 CRYSTALS = ("diamond", "fcc", "bcc", "hcp", "sc")
 MOVE = 0.02  # angstrom, of each coordinate between two steps
@@ -120,7 +120,7 @@ def largest_system(timings: list[Timing], device: torch.device) -> int | None:
         return None
     a, b = timings[-2:]
     slope = (b.peak - a.peak) / (b.num_atoms - a.num_atoms)
-    free = available_memory(device)
+    free = available_memory(device) / 2**20
     if not (slope > 0 and np.isfinite(slope) and np.isfinite(free)):
         return None
     return int(free / slope)
@@ -149,45 +149,3 @@ def growing(unit: Atoms) -> Iterator[tuple[str, Atoms]]:
     for n in (1, 2, 3, 5, 8, 12, 18, 27):
         large = unit.repeat(n) if n > 1 else unit
         yield large.get_chemical_formula(), large
-
-
-class PeakMemory:
-    """Largest use of memory since it was made, above what was in use then."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.start = torch.cuda.memory_allocated(device) / 2**20
-            return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
-        except OSError:
-            pass
-        self.start = _of_process("VmRSS")
-
-    def read(self) -> float:
-        """MiB; NaN where the machine does not say."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**20 - self.start
-        return max(_of_process("VmHWM") - self.start, 0.0)
-
-
-def available_memory(device: torch.device) -> float:
-    """MiB that are free; NaN where the machine does not say."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0]) / 2**20
-    return _kibibytes(Path("/proc/meminfo"), "MemAvailable") / 1024
-
-
-def _of_process(field: str) -> float:
-    return _kibibytes(Path("/proc/self/status"), field) / 1024
-
-
-def _kibibytes(file: Path, field: str) -> float:
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return float("nan")
-    found = (line.split()[1] for line in lines if line.startswith(field + ":"))
-    return float(next(found, "nan"))

@@ -32,9 +32,11 @@ from ase.outputs import Properties, all_outputs
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from mlip.backends import requested
+from mlip.calculators.chunks import BoundedPotential
 from mlip.calculators.foreign_options import MODEL_ALIASES, refuse_unknown, take_alias
 from mlip.calculators.hessian import hessian
 from mlip.calculators.info_inputs import InfoInputs
+from mlip.calculators.memory import parse_memory
 from mlip.calculators.model_sources import (
     ModelSource,
     own_potentials,
@@ -44,7 +46,7 @@ from mlip.calculators.model_sources import (
 from mlip.calculators.neighbor_cache import NeighborCache
 from mlip.calculators.rotation_spread import averaged, has_spread, with_spread
 from mlip.calculators.shield import shielded
-from mlip.calculators.structure_checks import check_distances, check_structure
+from mlip.calculators.structure_checks import check_distances, check_finite, check_structure
 from mlip.data.graph import AtomicGraph
 from mlip.potential import Potential
 from mlip.wrappers.rotation_averaging import RotationAveragingConfig
@@ -80,6 +82,9 @@ class EqCalculator(Calculator):
         ``"splines"``: tables in place of MACE's radial networks; ``"cuequivariance"``: kernels for
         MACE on a GPU; ``"auto"``: what is known to pay for the model, or nothing.  Each is checked
         against the plain model in float64 first.
+    max_memory : str or float, optional
+        As ``"8GB"``, or bytes; None: what is free.  Structures that need more, as predicted, are
+        evaluated in pieces, with the same results and a warning.
     energy_units_to_eV, length_units_to_A : float
         Units of a model that was trained in others.
     info_keys : dict
@@ -111,6 +116,7 @@ class EqCalculator(Calculator):
         skin: float = 0.5,
         symmetrize: str | RotationAveragingConfig | None = None,
         accelerate: str | Sequence[str] | None = None,
+        max_memory: str | float | None = None,
         energy_units_to_eV: float = 1.0,
         length_units_to_A: float = 1.0,
         info_keys: Mapping[str, str] | None = None,
@@ -137,6 +143,8 @@ class EqCalculator(Calculator):
             self.potentials = own_potentials(model, self.device, parse_dtype(dtype))
             self.potentials = [requested(p, accelerate) for p in self.potentials]
             self.potentials = averaged(self.potentials, symmetrize)
+        memory = None if max_memory is None else parse_memory(max_memory)
+        self._bounded = [BoundedPotential(p, memory) for p in self.potentials]
         self.skin = skin
         self._energy_unit, self._length_unit = float(energy_units_to_eV), float(length_units_to_A)
         self.hessian_unit = self._energy_unit / self._length_unit**2
@@ -368,8 +376,8 @@ class EqCalculator(Calculator):
             cutoff: parts[0] if len(parts) == 1 else AtomicGraph.collate(parts)
             for cutoff, parts in graphs.items()
         }
-        for potential in self.potentials:
-            yield with_spread(potential, batches[potential.cutoff], stress), potential
+        for potential, bounded in zip(self.potentials, self._bounded, strict=True):
+            yield with_spread(bounded, batches[potential.cutoff], stress), potential
 
     def checked_graphs(self, atoms: Atoms) -> dict[float, AtomicGraph]:
         """The structure within each cutoff; ValueError if it is none."""
@@ -437,7 +445,7 @@ class EqCalculator(Calculator):
             if periodic:
                 stress = output["stress"][place].cpu().numpy() * (f / self._length_unit**2)
                 member["stress"] = full_3x3_to_voigt_6_stress(stress)
-            _check_finite(atoms, member)
+            check_finite(atoms, member)
             members.append(member)
         results: dict[str, Any] = {}
         for key in members[0]:
@@ -461,19 +469,6 @@ class EqCalculator(Calculator):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
-
-
-def _check_finite(atoms: Atoms, results: Mapping[str, Any]) -> None:
-    for name, value in results.items():
-        if not np.isfinite(value).all():
-            where = ""
-            if name in ("forces", "energies", "node_energy"):
-                bad = ~np.isfinite(value).reshape(len(atoms), -1).all(axis=1)
-                where = f" of atom {int(np.argmax(bad))}"
-            raise ValueError(
-                f"the model gives no finite {name}{where} for {atoms.get_chemical_formula()}; "
-                f"the structure is far from anything it has learnt, or its weights are broken"
-            )
 
 
 def batches(sizes: Sequence[int], max_atoms: int) -> Iterator[list[int]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mlip.calculators.chunks import BoundedPotential
 from mlip.data.graph import AtomicGraph
 from mlip.potential import Potential
 from mlip.rotation_orbit import rotation_orbit
@@ -40,16 +41,16 @@ def has_spread(potential: Potential) -> bool:
     return isinstance(potential.model, RotationAveraging)
 
 
-def with_spread(potential: Potential, graph: AtomicGraph, stress: bool) -> dict[str, Tensor]:
+def with_spread(bounded: BoundedPotential, graph: AtomicGraph, stress: bool) -> dict[str, Tensor]:
     """Output of a potential in evaluation mode.
 
     Of a mean over rotations all copies are evaluated one by one, at the same cost: the result is
     the same, and ``energy_spread`` (G,) eV and ``forces_spread`` (N,) eV/angstrom come with it.
     """
+    potential = bounded.potential
     wrapper = potential.model
     if not isinstance(wrapper, RotationAveraging):
-        output: dict[str, Tensor] = potential(graph, stress=stress)
-        return output
+        return bounded(graph, stress=stress)
     orbit = rotation_orbit(
         potential.with_model(wrapper.model),
         graph,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
@@ -96,3 +99,17 @@ def _symbol(z: int) -> str:
 
 def _name(atoms: Atoms, k: int) -> str:
     return f"atom {k} ({_symbol(int(atoms.numbers[k]))})"
+
+
+def check_finite(atoms: Atoms, results: Mapping[str, Any]) -> None:
+    """ValueError that names the first of the model's numbers that is not finite."""
+    for name, value in results.items():
+        if not np.isfinite(value).all():
+            where = ""
+            if name in ("forces", "energies", "node_energy"):
+                bad = ~np.isfinite(value).reshape(len(atoms), -1).all(axis=1)
+                where = f" of atom {int(np.argmax(bad))}"
+            raise ValueError(
+                f"the model gives no finite {name}{where} for {atoms.get_chemical_formula()}; "
+                f"the structure is far from anything it has learnt, or its weights are broken"
+            )

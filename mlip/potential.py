@@ -23,7 +23,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mlip.data.graph import AtomicGraph, EnergyModel
+from mlip.data.graph import AtomicGraph, EnergyModel, NodeOutput
 
 
 class Potential(nn.Module):
@@ -110,32 +110,51 @@ class Potential(nn.Module):
             vectors = graph.edge_vectors()  # (E, 3) float64
             if not vectors.requires_grad:
                 vectors.requires_grad_()
-            node = self.model(graph.replace(vectors=vectors.to(self.dtype)))
-            node_energy = self.e0[graph.atomic_numbers] + self.scale * node.energy.double()
-            for prior in (self.cohesion, self.repulsion):
-                if prior is not None:
-                    node_energy = node_energy + prior(graph.replace(vectors=vectors))
-            energy = vectors.new_zeros(graph.num_structures).index_add(0, graph.batch, node_energy)
-            out = {"energy": energy, "node_energy": node_energy}
-            if node.features is not None:
-                out["features"] = node.features
-            if node.forces is not None:
-                out["forces"] = node.forces.double() * self.scale
-            if node.forces is None or stress:
+            atoms = self.atoms(graph, vectors)
+            g = None
+            if atoms.forces is None or stress:
                 (g,) = torch.autograd.grad(
-                    energy.sum(),
+                    atoms.energy.sum(),
                     vectors,
                     create_graph=self.training,  # the force loss differentiates these once more
                     materialize_grads=True,  # isolated atoms have no edges: zero, not None
                 )
-                if node.forces is None:
-                    j, i = graph.edge_index
-                    out["forces"] = (
-                        torch.zeros_like(graph.positions).index_add(0, i, g).index_add(0, j, -g)
-                    )
-                if stress:
-                    out["stress"] = self._stress(graph, vectors, g)
+            out = self.collect(graph, vectors, atoms, g, stress=stress)
         return out if self.training else {key: value.detach() for key, value in out.items()}
+
+    def atoms(self, graph: AtomicGraph, vectors: Tensor) -> NodeOutput:
+        """What each atom has, in eV and float64: energies with the reference, features, and forces
+        of models that predict them; ``vectors`` (E, 3) float64."""
+        node = self.model(graph.replace(vectors=vectors.to(self.dtype)))
+        energy = self.e0[graph.atomic_numbers] + self.scale * node.energy.double()
+        for prior in (self.cohesion, self.repulsion):
+            if prior is not None:
+                energy = energy + prior(graph.replace(vectors=vectors))
+        forces = None if node.forces is None else node.forces.double() * self.scale
+        return NodeOutput(energy, node.features, forces)
+
+    def collect(
+        self,
+        graph: AtomicGraph,
+        vectors: Tensor,
+        atoms: NodeOutput,
+        g: Tensor | None,
+        *,
+        stress: bool,
+    ) -> dict[str, Tensor]:
+        """Sums over atoms and edges, as ``forward`` returns them; g (E, 3) = dE/d vectors."""
+        energy = vectors.new_zeros(graph.num_structures).index_add(0, graph.batch, atoms.energy)
+        out = {"energy": energy, "node_energy": atoms.energy}
+        if atoms.features is not None:
+            out["features"] = atoms.features
+        if atoms.forces is not None:
+            out["forces"] = atoms.forces
+        elif g is not None:
+            j, i = graph.edge_index
+            out["forces"] = torch.zeros_like(graph.positions).index_add(0, i, g).index_add(0, j, -g)
+        if stress and g is not None:
+            out["stress"] = self._stress(graph, vectors, g)
+        return out
 
     @staticmethod
     def _stress(graph: AtomicGraph, vectors: Tensor, g: Tensor) -> Tensor:
