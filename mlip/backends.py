@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
+from shutil import which
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -20,7 +21,10 @@ import torch
 from numpy.random import default_rng
 from torch import Tensor, nn
 
+from mlip.compiled import Compiled
 from mlip.data.graph import AtomicGraph
+from mlip.models.facet import Facet
+from mlip.models.gaunt import Gaunt
 from mlip.models.mace import MACE, Convolution, Layer
 from mlip.nn.spline import Spline, leading_functions
 from mlip.nn.symmetric_contraction import SymmetricContraction
@@ -140,7 +144,29 @@ class Splines:
         return fast.to(device=device, dtype=dtype)
 
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Splines(), CuEquivariance())}
+class Compile:
+    """Energy and gradient of Facet and Gaunt as one compiled program (``mlip.compiled``)."""
+
+    name = "compile"
+
+    def obstacle(self, device: torch.device) -> str | None:
+        """No C++ compiler for the processor."""
+        if device.type == "cpu" and not any(map(which, ("g++", "clang++", "cl"))):
+            return "it needs a C++ compiler, such as g++"
+        return None
+
+    def convert(self, model: Any) -> Any:
+        """Copy that is compiled when it is first called."""
+        if not isinstance(model, Facet | Gaunt):
+            raise BackendError(f"{self.name} is for Facet and Gaunt, not {type(model).__name__}")
+        if getattr(model, "graph_inputs", ()) or getattr(model.config, "field", None) is not None:
+            raise BackendError(f"{self.name} is for models that read no external field")
+        return Compiled(copy.deepcopy(model))
+
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (Splines(), Compile(), CuEquivariance())
+}
 
 
 def automatic(potential: Potential) -> list[str]:
@@ -202,12 +228,14 @@ def accelerated(
     if not names:
         return potential
     fast = potential.with_model(model).eval()
-    check(
-        potential,
-        fast,
-        " + ".join(names),
-        probe_structures(potential) if probes is None else probes,
-    )
+    name = " + ".join(names)
+    try:
+        check(potential, fast, name, probe_structures(potential) if probes is None else probes)
+    except BackendError:
+        raise
+    except Exception as problem:  # compilers and libraries of kernels raise whatever they like
+        first = (str(problem).splitlines() or [""])[0]
+        raise BackendError(f"'{name}' failed: {type(problem).__name__}: {first}") from problem
     fast.training = potential.training
     return fast
 

@@ -45,7 +45,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "mlip.potential": ({"mlip.nn", "mlip.data.graph"}, set()),
     "mlip.rotation_orbit": ({"mlip.potential", "mlip.nn", "mlip.data.graph"}, set()),
-    "mlip.backends": ({"mlip.models", "mlip.potential", "mlip.nn", "mlip.data.graph"}, set()),
+    "mlip.compiled": ({"mlip.nn", "mlip.data.graph"}, set()),
+    "mlip.backends": (
+        {"mlip.models", "mlip.potential", "mlip.nn", "mlip.data.graph", "mlip.compiled"},
+        set(),
+    ),
     "mlip.pretrained": (set(), set()),
     "mlip.tensorfile": (set(), {"safetensors"}),
     "mlip.modelcard": ({"mlip.pretrained", "mlip.tensorfile"}, set()),

@@ -101,7 +101,7 @@ class Facet(nn.Module):
 
     def forward(self, graph: AtomicGraph) -> NodeOutput:
         c = self.config
-        N = len(graph.atomic_numbers)
+        N = graph.atomic_numbers.shape[0]  # unlike len(), a symbol to a compiler
         edges, hood = self.edges(graph.vectors, graph.edge_index, N)
 
         species = self.embed(graph.atomic_numbers)  # (N, C)

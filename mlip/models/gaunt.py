@@ -101,7 +101,8 @@ class Gaunt(nn.Module):
         return True
 
     def forward(self, graph: AtomicGraph) -> NodeOutput:
-        edges, hood = self.edges(graph.vectors, graph.edge_index, len(graph.atomic_numbers))
+        N = graph.atomic_numbers.shape[0]  # unlike len(), a symbol to a compiler
+        edges, hood = self.edges(graph.vectors, graph.edge_index, N)
         species = self.embed(graph.atomic_numbers)  # (N, C)
         h = species[None]  # (LM, N, C), here of degree 0
         energy = torch.zeros_like(species[:, 0])

@@ -246,12 +246,13 @@ def evaluate(
     """Functions (LM_k, N, C) -> the outputs of the plan; each function is evaluated once."""
     flat = [f.reshape(len(f), -1) for f in functions]  # (LM_k, N C)
     columns = flat[0].shape[1]
-    step = columns
-    if flat[0].device.type == "cpu":
+    step, starts = columns, range(1)
+    if flat[0].device.type == "cpu" and not isinstance(columns, torch.SymInt):
         step = max(CHUNK_BYTES // (len(to_grid) * flat[0].element_size()), 64)
+        starts = range(0, columns, step)
     results = [flat[0].new_empty(size, columns) for size, _ in plan]
     used = {k for _, terms in plan for term in terms for k in term}
-    for start in range(0, columns, step):
+    for start in starts:
         chunk = slice(start, start + step)
         values = {k: to_grid[:, : len(flat[k])] @ flat[k][:, chunk] for k in used}  # (P, step)
         for result, (size, terms) in zip(results, plan, strict=True):

@@ -22,7 +22,12 @@ class Neighborhoods(NamedTuple):
 def gather_neighborhoods(
     vectors: Tensor, edge_index: Tensor, num_nodes: int, cutoff: float
 ) -> Neighborhoods:
-    """Lay out edges (E), sorted by centre, in K slots each; K is the largest neighbour count."""
+    """Lay out edges (E), sorted by centre, in K slots each; K is the largest neighbour count.
+
+    Vectors (N, K, 3) with neighbours (N, K) are laid out already.
+    """
+    if vectors.dim() == 3:
+        return Neighborhoods(vectors, edge_index.flatten())
     j, i = edge_index
     E = len(j)
     degree = torch.bincount(i, minlength=num_nodes)  # (N,)

@@ -2,19 +2,57 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
+from ase import Atoms
 from ase.build import bulk, molecule
+from torch.testing import assert_close
 
-from mlip.backends import BackendError, accelerated, automatic, missing_work, probe_structures
+import mlip.compiled
+from mlip.backends import (
+    BACKENDS,
+    BackendError,
+    Compile,
+    accelerated,
+    automatic,
+    missing_work,
+    probe_structures,
+)
 from mlip.calculators import EqCalculator
+from mlip.calculators.chunks import in_pieces, pieces, slots
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.models import build
 from mlip.potential import Potential
 
-ACCELERATIONS = [("mace", "splines")]
+CASES = [
+    ("mace", "splines", torch.float32),
+    ("mace", "splines", torch.float64),
+    ("facet", "trace", torch.float32),
+    ("gaunt", "trace", torch.float64),
+]
+
+
+class Trace(Compile):
+    """What ``compile`` does but for the compiler, which takes a minute."""
+
+    name = "trace"
+
+    def obstacle(self, device: torch.device) -> str | None:
+        return None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def trace() -> Iterator[None]:
+    """The back end ``trace``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BACKENDS, "trace", Trace())
+        patch.setattr(torch, "compile", lambda program, **_: program)
+        yield
 
 
 def potential(name: str, dtype: torch.dtype = torch.float64) -> Potential:
@@ -22,7 +60,11 @@ def potential(name: str, dtype: torch.dtype = torch.float64) -> Potential:
     torch.manual_seed(0)
     sizes = {
         "mace": {"channels": 4, "elements": (1, 6, 8), "radial_hidden": (8, 8), "num_basis": 5}
-        | {"correlation": 2, "max_ell": 2}
+        | {"correlation": 2, "max_ell": 2},
+        "facet": {"channels": 4, "lmax": 1, "hidden": 4, "num_basis": 4}
+        | {"message_channels": (3, 2)},
+        "gaunt": {"channels": 4, "lmax": 1, "hidden": 4, "num_basis": 4, "num_layers": 1}
+        | {"message_channels": (3, 2)},
     }
     model = build(name, cutoff=4.0, avg_num_neighbors=8.0, **sizes[name])
     with torch.no_grad():
@@ -34,37 +76,45 @@ def potential(name: str, dtype: torch.dtype = torch.float64) -> Potential:
     return Potential(model, e0, scale=2.0).to(dtype).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize(("name", "way"), ACCELERATIONS)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@cache
+def fast(name: str, way: str, dtype: torch.dtype = torch.float64) -> Potential:
+    """The accelerated one."""
+    return accelerated(potential(name, dtype), way)
+
+
+def crystal(length: int = 1) -> Atoms:
+    atoms = bulk("C", cubic=True) * (1, 1, length)
+    atoms.rattle(0.05, seed=0)
+    return atoms
+
+
+@pytest.mark.parametrize(("name", "way", "dtype"), CASES)
 def test_energies_forces_and_stress_are_those_of_the_plain_model(
-    name: str, way: str, dtype: str
+    name: str, way: str, dtype: torch.dtype
 ) -> None:
-    exact = EqCalculator(potential(name), dtype="float64")
-    fast = EqCalculator(potential(name), dtype=dtype, accelerate=way)
-    energy, force = (1e-6, 1e-4) if dtype == "float32" else (1e-10, 1e-9)
-    diamond = bulk("C", cubic=True)
-    diamond.rattle(0.05, seed=0)
-    for atoms in (diamond, molecule("CH3COOH")):
-        a, b = (calc.evaluate([atoms])[0] for calc in (exact, fast))
-        assert abs(a["energy"] - b["energy"]) < energy * len(atoms)
-        assert abs(a["forces"] - b["forces"]).max() < force
-        if "stress" in a:
-            assert abs(a["stress"] - b["stress"]).max() < force / 100
-        assert abs(a["forces"]).max() > 0.01
+    single = dtype == torch.float32
+    exact = potential(name)
+    for atoms in (crystal(), molecule("CH3COOH")):
+        graph = AtomicGraph.from_atoms(atoms, exact.cutoff)
+        a, b = (p(graph, stress=True) for p in (exact, fast(name, way, dtype)))
+        assert (a["node_energy"] - b["node_energy"]).abs().max() < (1e-6 if single else 1e-10)
+        assert (a["forces"] - b["forces"]).abs().max() < (1e-4 if single else 1e-9)
+        if atoms.pbc.all():
+            assert (a["stress"] - b["stress"]).abs().max() < (1e-6 if single else 1e-10)
+        assert a["forces"].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("name", "way"), ACCELERATIONS)
-def test_its_forces_are_the_gradient_of_its_energy(name: str, way: str) -> None:
-    fast = accelerated(potential(name), way)
-    for probe in probe_structures(fast):
-        graph = probe.replace(positions=probe.positions.clone())
-        forces = fast(graph)["forces"]
+@pytest.mark.parametrize(("name", "way", "dtype"), CASES[1::2])
+def test_its_forces_are_the_gradient_of_its_energy(name: str, way: str, dtype: torch.dtype) -> None:
+    model = fast(name, way, dtype)
+    for graph in probe_structures(model):
+        forces = model(graph)["forces"]
         for atom, axis in ((0, 0), (13, 1), (26, 2)):
             energies = []
             for step in (1e-4, -1e-4):
                 moved = graph.positions.clone()
                 moved[atom, axis] += step
-                energies.append(fast(graph.replace(positions=moved))["energy"].item())
+                energies.append(model(graph.replace(positions=moved))["energy"].item())
             assert abs(forces[atom, axis] + (energies[0] - energies[1]) / 2e-4) < 1e-6
 
 
@@ -89,15 +139,17 @@ def test_the_work_of_the_forces_tells_whether_they_are_a_gradient() -> None:
     assert missing_work(plain.with_model(Swirl()), probe) > 1e-3
 
 
-def test_second_derivatives_are_those_of_the_plain_model() -> None:
-    atoms = molecule("H2O")
-    a, b = (
-        EqCalculator(potential("mace"), dtype="float64", accelerate=way).get_hessian(
-            atoms, method="autograd"
-        )
-        for way in (None, "splines")
-    )
-    assert abs(a - b).max() < 1e-7 * abs(a).max()
+@pytest.mark.parametrize(("name", "way"), [("mace", "splines"), ("facet", "trace")])
+def test_second_derivatives_are_those_of_the_plain_model(name: str, way: str) -> None:
+    graph = AtomicGraph.from_atoms(molecule("H2O"), 4.0)
+    rows = []
+    for model in (potential(name), fast(name, way)):
+        twin = copy.copy(model)
+        twin.training = True  # as the calculator asks for second derivatives
+        positions = graph.positions.clone().requires_grad_()
+        force = twin(graph.replace(positions=positions))["forces"][0, 1]
+        rows += torch.autograd.grad(force, positions)
+    assert_close(rows[1], rows[0], atol=1e-7 * float(rows[0].abs().max()), rtol=0)
 
 
 def test_what_pays_is_chosen_and_nothing_is_stored() -> None:
@@ -133,3 +185,47 @@ def test_where_it_does_not_pay_it_is_refused(random_facet: object) -> None:
     EqCalculator(plain, accelerate="auto")
     with pytest.raises(BackendError, match=r"splines are for MACE; .* Facet are cheap"):
         EqCalculator(plain, accelerate=["splines"])
+
+
+def test_one_program_serves_all_sizes() -> None:
+    plain, model = potential("facet"), fast("facet", "trace")
+    program = model.model._program
+    alone = Atoms("OH", positions=[[0, 0, 0], [30, 0, 0]])
+    for atoms in (molecule("H2O"), alone, alone[:1], bulk("C", cubic=True) * (2, 1, 1)):
+        graph = AtomicGraph.from_atoms(atoms, plain.cutoff)
+        a, b = plain(graph, stress=True), model(graph, stress=True)
+        for key in a:
+            assert_close(a[key], b[key], atol=1e-10, rtol=1e-10, equal_nan=True)
+    assert model.model._program is program
+    other = copy.deepcopy(model)
+    other.model._program = program
+    assert other.float().model._program is None  # it holds the weights, and goes with them
+
+
+def test_pieces_of_a_compiled_model_are_right() -> None:
+    """Gradients of some atoms' energies are not what the program gives."""
+    plain, model = potential("facet"), fast("facet", "trace")
+    graph = AtomicGraph.from_atoms(crystal(8), plain.cutoff)
+    parts = pieces(graph, 2, slots(graph) / 1.2)
+    assert len(parts) > 1
+    whole = plain(graph)["forces"]
+    assert_close(in_pieces(model, graph, parts, stress=False)["forces"], whole, atol=1e-10, rtol=0)
+
+
+def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match="compile is for Facet and Gaunt, not MACE"):
+        accelerated(potential("mace"), "compile")
+    with_field = potential("facet")
+    with_field.model = build("facet", channels=4, field="given").double()
+    with pytest.raises(BackendError, match="no external field"):
+        accelerated(with_field, "compile")
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("internal error\nof the compiler")
+
+    monkeypatch.setattr(mlip.compiled, "compiled", broken)
+    with pytest.raises(BackendError, match=r"'trace' failed: RuntimeError: internal error$"):
+        accelerated(potential("facet"), "trace")
+    monkeypatch.setattr("mlip.backends.which", lambda _: None)
+    with pytest.raises(BackendError, match=r"needs a C\+\+ compiler"):
+        accelerated(potential("facet"), "compile")

@@ -1,0 +1,134 @@
+"""A model as one compiled program of energies and gradient, for structures of any size.
+
+Energy and dE/dv are traced together (the compiler cannot differentiate twice), with the number of
+atoms and of slots as symbols, so that it is compiled once and never again when neighbours come and
+go.  Edges are laid out before: empty slots of the padded neighbourhoods lie at the cutoff, where
+they contribute exactly zero.  The compiler merges operations element by element and leaves out
+what Python and the gradient's bookkeeping cost: most for small structures.
+
+What the program does not give, gradients of some atoms' energies and second derivatives, comes from
+the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from mlip.data.graph import AtomicGraph, NodeOutput
+from mlip.nn.neighborhoods import gather_neighborhoods
+
+Program = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+class Laid(NamedTuple):
+    """A graph for models that read vectors (N, K, 3) and neighbours (N, K) as they are."""
+
+    atomic_numbers: Tensor
+    vectors: Tensor
+    edge_index: Tensor
+
+
+class Compiled(nn.Module):
+    """Energy model that computes what another one does, compiled at its first call.
+
+    Parameters
+    ----------
+    model : an energy model that lays out edges with ``gather_neighborhoods`` and reads nothing but
+        elements and vectors; its weights are shared, not trained
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._program: Program | None = None
+
+    @property
+    def config(self) -> Any:
+        """That of the model."""
+        return self.model.config
+
+    @property
+    def receptive_field(self) -> float:
+        """Angstrom; that of the model."""
+        return float(self.model.receptive_field)
+
+    @property
+    def exact_symmetry(self) -> bool:
+        """That of the model."""
+        return bool(self.model.exact_symmetry)
+
+    def forward(self, graph: AtomicGraph) -> NodeOutput:
+        Z = graph.atomic_numbers
+        N = len(Z)
+        # One slot and one atom more than there are: sizes 0 and 1 would be compiled anew.
+        hood = gather_neighborhoods(graph.vectors, graph.edge_index, N, self.config.cutoff)
+        empty = hood.vectors.new_tensor([0.0, 0.0, self.config.cutoff])
+        K = hood.vectors.shape[1]
+        v = torch.cat([hood.vectors, empty.expand(N, 1, 3)], dim=1)
+        v = torch.cat([v, empty.expand(1, K + 1, 3)])  # (N + 1, K + 1, 3)
+        neighbors = nn.functional.pad(hood.neighbors.view(N, K), (0, 1, 0, 1))
+        Z = nn.functional.pad(Z, (0, 1))
+        if self._program is None:
+            self._program = compiled(self.model, v.detach(), neighbors, Z)
+        with torch.no_grad():
+            energy, features, g = self._program(Z, v.detach(), neighbors)
+        energy = _Known.apply(v, energy, g, Z, neighbors, self.model)
+        return NodeOutput(energy[:N], features[:N])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._program = None  # it holds the weights as they were
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_program": None}
+
+
+class _Known(torch.autograd.Function):
+    """Energies whose gradient is known already, if it is asked for with equal weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, v: Tensor, energy: Tensor, g: Tensor, Z: Tensor, neighbors: Tensor, model: Any
+    ) -> Tensor:
+        ctx.model = model
+        ctx.save_for_backward(v, g, Z, neighbors)
+        return energy
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+        v, g, Z, neighbors = ctx.saved_tensors
+        equal = bool((above[:-1] == above[0]).all())  # the last atom is none
+        if equal and not torch.is_grad_enabled():
+            return above[0] * g, None, None, None, None, None
+        with torch.enable_grad():
+            energy = ctx.model(Laid(Z, v, neighbors)).energy
+            (gradient,) = torch.autograd.grad(energy, v, above, create_graph=True)
+        return gradient, None, None, None, None, None
+
+
+def compiled(model: Any, v: Tensor, neighbors: Tensor, Z: Tensor) -> Program:
+    """The program, with some structure as an example of the inputs."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def program(Z: Tensor, v: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            v = v.detach().requires_grad_()
+            out = model(Laid(Z, v, neighbors))
+            (g,) = torch.autograd.grad(out.energy.sum(), v)
+        return out.energy.detach(), out.features.detach(), g.detach()
+
+    trace = make_fx(program, tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    # Sizes that differ from all others: equal ones would be taken for the same.
+    N, K = 17, 11
+    example = (
+        Z[:1].expand(N).contiguous(),
+        v[-1:, -1:].expand(N, K, 3).contiguous(),
+        neighbors[-1:, -1:].expand(N, K).contiguous(),
+    )
+    with torch.no_grad():
+        fast: Program = torch.compile(trace(*example), dynamic=True, fullgraph=True)
+    return fast
