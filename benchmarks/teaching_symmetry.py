@@ -1,6 +1,6 @@
 """Ways of teaching symmetry, side by side: one backbone, one budget, several seeds.
 
-    MLIP_DATASETS=... python benchmarks/teaching_symmetry.py --systems ethanol --epochs 20 --seeds 0 1 2
+    MLIP_DATASETS=... python benchmarks/teaching_symmetry.py --systems ethanol --epochs 20
 
 Each column is a training of teaching_symmetry.yaml with the options below and the same number of
 steps; its test errors, symmetry error, symmetry share of the squared error and time
