@@ -11,7 +11,8 @@ atoms, not of images, so a periodic cell may be smaller than the halo: then each
 everything, and nothing is gained.
 
 Memory is predicted, not tried: it is proportional to the number of slots, atoms times the largest
-number of neighbours, and what a slot takes is counted once on a small piece of the system.
+number of neighbours, and what a slot takes is counted once on a small piece of the system; edges of
+the whole are always there.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from mlip.potential import Potential
 SAMPLE = 4000  # slots of the piece on which memory is counted
 SMALL = 20_000  # slots that fit anywhere; asked about only if there is a limit
 SHARE = 0.7  # of the free memory that may be used
+EDGE = 700  # bytes for each edge of the whole: lists of neighbours, vectors, gradient, stress
 MARGIN = 1.25  # buffers inside of operations, and what the allocator loses between blocks
 
 
@@ -169,13 +171,16 @@ class BoundedPotential:
         if self.hops is None:
             return self.potential(graph, stress=stress)
         limit = self.limit(graph.positions.device)
-        needed = self.bytes_per_slot * whole
+        always = EDGE * graph.edge_index.shape[1]
+        needed = self.bytes_per_slot * whole + always
         if not needed > limit:
             self._fits = whole  # what has fitted fits, whatever the process keeps for itself
             return self.potential(graph, stress=stress)
-        parts = pieces(graph, self.hops, limit / self.bytes_per_slot)
+        parts = pieces(graph, self.hops, (limit - always) / self.bytes_per_slot)
         if not self._told:
-            self._tell(graph, parts, needed, limit)
+            most = max(part.slots for part in parts) * self.bytes_per_slot + always
+            _tell(len(graph.atomic_numbers), len(parts), needed, most, limit)
+            self._told = True
         if len(parts) == 1:
             return self.potential(graph, stress=stress)
         return in_pieces(self.potential, graph, parts, stress)
@@ -203,13 +208,15 @@ class BoundedPotential:
             self.hops = None
         return MARGIN * live.peak / sample.slots
 
-    def _tell(self, graph: AtomicGraph, parts: list[Piece], needed: float, limit: float) -> None:
-        self._told = True
-        assert self.bytes_per_slot is not None
-        largest = max(part.slots for part in parts) * self.bytes_per_slot
-        what = f"{len(graph.atomic_numbers)} atoms need about {needed / 1e9:.2g} GB in one piece"
-        if len(parts) == 1:
-            how = "and no less in several, for the model sees all of them from each"
-        else:
-            how = f"so they are evaluated in {len(parts)} pieces of {largest / 1e9:.2g} GB at most"
-        warnings.warn(f"{what}, {limit / 1e9:.2g} GB may be used, {how}", stacklevel=2)
+
+def _tell(atoms: int, parts: int, needed: float, most: float, limit: float) -> None:
+    what = f"{atoms} atoms need about {_size(needed)} in one piece, {_size(limit)} may be used"
+    if parts == 1:
+        how = "and no less in several, for the model sees all of them from each"
+    else:
+        how = f"so they are evaluated in {parts} pieces with {_size(most)} at most"
+    warnings.warn(f"{what}, {how}", stacklevel=3)
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:.2g} GB" if number > 1e8 else f"{number / 1e6:.2g} MB"

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from mlip.calculators import EqCalculator
 from mlip.calculators.chunks import (
+    EDGE,
     MARGIN,
     BoundedPotential,
     evaluate_piece,
@@ -119,8 +120,9 @@ def test_a_cell_smaller_than_the_halo_stays_right() -> None:
 def test_a_calculator_with_little_memory_gives_the_same_and_says_so_once() -> None:
     atoms = crystal(10)
     plain = EqCalculator(potential())
-    needs = MARGIN * _bytes(plain.potentials[0], atoms)
-    small = EqCalculator(potential(), max_memory=needs / 2)
+    edges = EDGE * AtomicGraph.from_atoms(atoms, plain.cutoff).edge_index.shape[1]
+    needs = MARGIN * _bytes(plain.potentials[0], atoms) + edges
+    small = EqCalculator(potential(), max_memory=(needs + edges) / 2)
     with pytest.warns(UserWarning, match=r"80 atoms need about .* evaluated in \d pieces"):
         b = small.evaluate([atoms])[0]
     a = plain.evaluate([atoms])[0]
