@@ -152,7 +152,7 @@ def table(rows: list[Row], minutes: float) -> str:
             spaced(some["parameters"]) if some else "",
             *(number(costs[w], "ms", 1 / costs[w].get("atoms", 1)) for w in ("Si216", "molecule")),
             f"{5e3 / costs['training']['ms']:.3g}" if costs["training"] else "",
-            " / ".join(number(costs[w], "peak_MiB") for w in ("Si216", "training")),
+            " / ".join(number(costs[w], "peak_MiB") for w in ("Si216", "training")).strip(" /"),
             *(number(si, key) for key in ("energy_mae_per_atom", "forces_mae")),
             *(number(ethanol, key) for key in ("energy_mae", "forces_mae", "rotation_forces_rms")),
             {True: "exact", False: "learned", None: ""}[some.get("exact_symmetry")],
