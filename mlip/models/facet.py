@@ -53,6 +53,10 @@ class FacetConfig(Config):
         (16, 8, 4), description="channels of degree 0, 1, ... that a neighbour sends"
     )
     num_basis: int = Field(8, ge=2, le=64, description="B, Bessel functions")
+    stretch: float = Field(
+        0.0, ge=0, le=10, description="Bessel functions are 1 + this times finer at short distances"
+    )
+    quartic: bool = Field(True, description="invariants of the product with itself, too")
     hidden: int = Field(64, ge=4, le=4096, description="width of the networks on invariants")
     grid: Literal["poly", "mlp"] = Field(
         "poly", description="on the sphere: exact products, or a pointwise network (approximate)"
@@ -77,7 +81,7 @@ class Facet(nn.Module):
         super().__init__()
         c = self.config = config
         self.embed = nn.Embedding(119, c.channels)  # one row per Z, row 0 unused
-        self.edges = EdgeBasis(c.lmax, c.num_basis, c.cutoff, c.avg_num_neighbors)
+        self.edges = EdgeBasis(c.lmax, c.num_basis, c.cutoff, c.avg_num_neighbors, c.stretch)
         self.layers = nn.ModuleList(
             Layer(c, degrees=c.message_channels if t else c.message_channels[:1])
             for t in range(c.num_layers)
@@ -131,7 +135,8 @@ class Layer(nn.Module):
         self.species_gate = nn.Linear(C, 2 * C, bias=False)
         self.product = GridProduct(L, C, c.grid, c.grid_degree or 3 * L)
         self.invariants = Invariants(L)
-        self.mlp = InvariantMLP((2 + 3 * (L + 1)) * C, c.hidden, C, C)
+        self.quartic = c.quartic
+        self.mlp = InvariantMLP((2 + (2 + c.quartic) * (L + 1)) * C, c.hidden, C, C)
         self.readout = nn.Linear(C, 1, bias=False)
         nn.init.zeros_(self.species_gate.weight)
         nn.init.zeros_(self.readout.weight)  # training starts from the reference energies
@@ -157,9 +162,10 @@ class Layer(nn.Module):
         A = A * (soft_norm(A, (0, 2))[:, None] * (1 + self.species_gate(species)))
         U, V = A.split(self.channels, dim=-1)
         P = self.product(U, V)  # (LM, N, C)
-        q = torch.cat(
-            [A[0], self.invariants(U, U), self.invariants(U, P), self.invariants(P, P)], -1
-        )
+        invariants = [A[0], self.invariants(U, U), self.invariants(U, P)]
+        if self.quartic:
+            invariants.append(self.invariants(P, P))
+        q = torch.cat(invariants, dim=-1)
         update = self.mlp(q * soft_norm(q, (1,))[:, None], species)  # (N, C)
         return scalars + update, torch.cat([U, P], dim=-1), self.readout(update).squeeze(-1)
 

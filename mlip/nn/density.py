@@ -28,10 +28,17 @@ class EdgeBasis(nn.Module):
     Edges (E, 3), sorted by centre -> (N, LM B, K) and the neighbourhoods they are laid out in.
     """
 
-    def __init__(self, lmax: int, num_basis: int, cutoff: float, avg_num_neighbors: float) -> None:
+    def __init__(
+        self,
+        lmax: int,
+        num_basis: int,
+        cutoff: float,
+        avg_num_neighbors: float,
+        stretch: float = 0.0,
+    ) -> None:
         super().__init__()
         self.harmonics = SphericalHarmonics(lmax)
-        self.num_basis, self.cutoff = num_basis, cutoff
+        self.num_basis, self.cutoff, self.stretch = num_basis, cutoff, stretch
         self.scale = 1 / math.sqrt(4 * avg_num_neighbors)
 
     def forward(
@@ -41,7 +48,8 @@ class EdgeBasis(nn.Module):
         r = hood.vectors.norm(dim=-1, keepdim=True)  # (N, K, 1)
         Y = self.harmonics(hood.vectors / r)  # (N, K, LM)
         x = r[..., 0] / self.cutoff
-        B = bessel(x, self.num_basis) * (polynomial_envelope(x) * self.scale).unsqueeze(-1)
+        fade = (polynomial_envelope(x) * self.scale).unsqueeze(-1)
+        B = bessel(x, self.num_basis, self.stretch) * fade
         return (Y[..., :, None] * B[..., None, :]).flatten(2).mT, hood
 
 

@@ -8,15 +8,21 @@ import torch
 from torch import Tensor
 
 
-def bessel(x: Tensor, num_basis: int) -> Tensor:
+def bessel(x: Tensor, num_basis: int, stretch: float = 0.0) -> Tensor:
     """Radial Bessel functions sqrt(2) sin(n pi x) / x.
 
     Gasteiger et al. 2020 (arXiv:2003.03123), eq. 7.
     ``x`` = r / cutoff, any shape (...) -> (..., num_basis); orthonormal on [0, 1] under the weight
-    x^2, finite at 0.
+    x^2, finite at 0.  With ``stretch`` = a they are sqrt(2 t') sin(n pi t) / x of the distance t =
+    (1 + a) x / (1 + a x): 1 + a times finer at x = 0, as much coarser at x = 1, still orthonormal.
     """
     n = torch.arange(1, num_basis + 1, dtype=x.dtype, device=x.device)
-    return math.sqrt(2) * math.pi * n * torch.sinc(n * x[..., None])
+    x = x[..., None]
+    if not stretch:
+        return math.sqrt(2) * math.pi * n * torch.sinc(n * x)
+    ratio = (1 + stretch) / (1 + stretch * x)  # t / x
+    scale = math.sqrt(2 / (1 + stretch)) * math.pi * ratio.square()
+    return scale * n * torch.sinc(n * (ratio * x))
 
 
 def polynomial_envelope(x: Tensor, p: int = 6) -> Tensor:
