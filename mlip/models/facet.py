@@ -7,7 +7,8 @@ One layer; g_j are few channels of x_j, U and V are linear in A:
     A_i[l''m'', c]    = sum W CG (T_i)                                             weights
     A_i[1m, c]       += F_m sum W A_i[00]                  F an external field, where there is one
     P_i               = project_L ( U_i(r) V_i(r) )         products of functions on the sphere
-    q_i               = A_0, |U_l|^2, U_l.P_l, |P_l|^2      invariants of 2 to 5 bodies per layer
+    q_i               = A_0, |U_l|^2, U_l.P_l, |P_l|^2      invariants of 2 to 5 bodies per layer,
+                                                            to 4 without the last (``quartic``)
     x_i <- x_i + linear(U_i, P_i),   scalars <- scalars + MLP(q_i),   E_i <- E_i + readout(MLP(q_i))
 
 Because the radial weights are linear in B_b, they commute with the sum over neighbours: the sum has

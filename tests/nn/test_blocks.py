@@ -44,14 +44,16 @@ def test_grid_is_orthonormal_up_to_its_degree(lmax: int, degree: int) -> None:
     torch.testing.assert_close(unit, torch.eye((lmax + 1) ** 2, dtype=F64), rtol=0, atol=1e-13)
 
 
-def test_bessel_functions_are_orthonormal_and_finite_at_zero() -> None:
+@pytest.mark.parametrize("stretch", [0.0, 2.0])
+def test_bessel_functions_are_orthonormal_and_finite_at_zero(stretch: float) -> None:
     nodes, weights = np.polynomial.legendre.leggauss(60)
     x = torch.from_numpy((nodes + 1) / 2)
-    B = bessel(x, 8)
+    B = bessel(x, 8, stretch)
     overlap = (B * (torch.from_numpy(weights) / 2 * x**2)[:, None]).T @ B
     torch.testing.assert_close(overlap, torch.eye(8, dtype=F64), rtol=0, atol=1e-10)
-    at_zero = bessel(torch.zeros(1, dtype=F64), 3)[0]
-    torch.testing.assert_close(at_zero, math.sqrt(2) * math.pi * torch.arange(1.0, 4.0, dtype=F64))
+    at_zero = bessel(torch.zeros(1, dtype=F64), 3, stretch)[0]
+    slopes = math.sqrt(2) * math.pi * torch.arange(1.0, 4.0, dtype=F64)
+    torch.testing.assert_close(at_zero, (1 + stretch) ** 1.5 * slopes)
 
 
 def test_envelope_vanishes_with_two_derivatives() -> None:
