@@ -186,16 +186,18 @@ def fixture(workers: dict[str, Worker], folder: str, out: Path) -> None:
     np.savez_compressed(out, **arrays, **dict(np.load(f"{folder}/e.npz")))
 
 
-def load(datasets: Path, folder: str) -> dict[str, dict[str, Any]]:
+def load(datasets: Path, folder: str, names: list[str]) -> dict[str, dict[str, Any]]:
     """Training and validation structures of 3BPA and of silicon, with reference energies by least
     squares."""
-    bpa = read(datasets / "3bpa" / "train_300K.xyz.gz", ":")
-    order = default_rng(1).permutation(len(bpa))
-    silicon = [read(datasets / "mlearn" / f"Si_{part}.xyz.gz", ":") for part in ("train", "test")]
-    sets = {
-        "3BPA": ([bpa[k] for k in order[:450]], [bpa[k] for k in order[450:]]),
-        "Si": (silicon[0], silicon[1]),
-    }
+    sets = {}
+    if "3BPA" in names:
+        bpa = read(datasets / "3bpa" / "train_300K.xyz.gz", ":")
+        order = default_rng(1).permutation(len(bpa))
+        sets["3BPA"] = [[bpa[k] for k in part] for part in (order[:450], order[450:])]
+    if "Si" in names:
+        sets["Si"] = [
+            read(datasets / "mlearn" / f"Si_{part}.xyz.gz", ":") for part in ("train", "test")
+        ]
     result = {}
     for name, (train, valid) in sets.items():
         elements = sorted({int(z) for atoms in train for z in atoms.numbers})
@@ -385,7 +387,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         if a.train:
-            train(load(Path(os.environ["MLIP_DATASETS"]), folder), folder, environment, a)
+            train(load(Path(os.environ["MLIP_DATASETS"]), folder, a.sets), folder, environment, a)
             return
         workers = {side: Worker(side, a.threads, environment) for side in SIDES}
         if a.fixture:
@@ -394,7 +396,7 @@ def main() -> None:
             if a.only != "speed":
                 agreement(workers, folder)
             if a.only != "agreement":
-                data = load(Path(os.environ["MLIP_DATASETS"]), folder)
+                data = load(Path(os.environ["MLIP_DATASETS"]), folder, a.sets)
                 speed(workers, data, folder, a)
         for worker in workers.values():
             worker.process.terminate()
