@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from acceleration import random_potential
 from ase import Atoms
 from ase.build import bulk
 from speed import cpu_name
@@ -27,26 +28,13 @@ from speed import cpu_name
 from mlip.allocator import tune_allocator
 from mlip.calculators.eq_calculator import EqCalculator
 from mlip.calculators.memory import PeakMemory
-from mlip.models import build
 from mlip.potential import Potential
-from mlip.training.sizes import SIZES
 
 
 def silicon(cells: tuple[int, int, int]) -> Atoms:
     atoms = bulk("Si", cubic=True) * cells
     atoms.rattle(0.05, seed=0)
     return atoms
-
-
-def random_potential(name: str) -> Potential:
-    torch.manual_seed(0)
-    kind, _, size = name.partition(":")
-    model = build(kind, **{"cutoff": 5.0, **SIZES[kind][size or "medium"]})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
-    return Potential(model, torch.zeros(119)).eval().requires_grad_(False)
 
 
 def evaluate(potential: Potential, atoms: Atoms, max_memory: float | None = None) -> dict[str, Any]:
@@ -76,7 +64,7 @@ def main() -> None:
     a = parser.parse_args()
     torch.set_num_threads(1)  # threads would not survive the fork
     tune_allocator()
-    potential = random_potential(a.model)
+    potential = random_potential(a.model, torch.float32)
     evaluate(potential, silicon((1, 1, 1)))  # warms up
     # A process for each: what one has taken it keeps, and would take nothing more.
     with get_context("fork").Pool(1, maxtasksperchild=1) as pool:

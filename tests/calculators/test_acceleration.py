@@ -28,6 +28,7 @@ from mlip.calculators.chunks import in_pieces, pieces, slots
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.models import build
 from mlip.potential import Potential
+from tests.conftest import without_zeros
 
 CASES = [
     ("mace", "splines", torch.float32),
@@ -67,10 +68,7 @@ def potential(name: str, dtype: torch.dtype = torch.float64) -> Potential:
         | {"message_channels": (3, 2)},
     }
     model = build(name, cutoff=4.0, avg_num_neighbors=8.0, **sizes[name])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.3)
+    without_zeros(model, 0.3)
     e0 = torch.full((119,), torch.nan)
     e0[[1, 6, 8]] = torch.tensor([-13.0, -1030.0, -2040.0])
     return Potential(model, e0, scale=2.0).to(dtype).eval().requires_grad_(False)

@@ -29,6 +29,7 @@ from mlip.models import build
 from mlip.nn.cohesion import Cohesion
 from mlip.nn.zbl import ZBL
 from mlip.potential import Potential
+from tests.conftest import without_zeros
 
 SMALL: dict[str, dict[str, Any]] = {
     "facet": {"channels": 4, "lmax": 1, "hidden": 4, "message_channels": (3, 2), "num_basis": 4},
@@ -45,10 +46,7 @@ def potential(name: str = "facet", cutoff: float = 3.0, **more: Any) -> Potentia
     """A small random model in which no weight is zero, with both priors."""
     torch.manual_seed(0)
     model = build(name, cutoff=cutoff, **SMALL[name], **more)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.3)
+    without_zeros(model, 0.3)
     e0 = torch.full((119,), torch.nan)
     e0[[1, 6, 8, 14]] = torch.tensor([-13.0, -1030.0, -2040.0, -1.5])
     priors = ZBL(), Cohesion(torch.linspace(0, 5, 119))
