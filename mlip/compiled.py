@@ -88,7 +88,8 @@ class Compiled(nn.Module):
 
 
 class _Known(torch.autograd.Function):
-    """Energies whose gradient is known already, if it is asked for with equal weights."""
+    """Energies (N,) whose gradient g (N, K, 3) is known already, if it is asked for with equal
+    weights; ``v`` (N, K, 3) are the vectors of the slots."""
 
     @staticmethod
     def forward(
@@ -111,7 +112,8 @@ class _Known(torch.autograd.Function):
 
 
 def compiled(model: Any, v: Tensor, neighbors: Tensor, Z: Tensor) -> Program:
-    """The program, with some structure as an example of the inputs."""
+    """The program (Z, v, neighbors) -> energies (N,), features (N, C), gradient (N, K, 3), with
+    some structure as an example of the inputs."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def program(Z: Tensor, v: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -144,14 +144,21 @@ def whole_and_in_parts(
     """The same training at once, and stopped by SIGTERM at these steps and continued."""
     whole, parts = configure("whole", **sections), configure("parts", **sections, resume="auto")
     train(whole)
+    train_in_parts(parts, monkeypatch, steps)
+    return whole, parts
+
+
+def train_in_parts(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, steps: Sequence[int]
+) -> None:
+    """Train, stopped by SIGTERM at these steps and continued."""
     for step in steps:
         with monkeypatch.context() as patch:
             stop_at(step, patch)
             with pytest.raises(Interrupted) as stopped:
-                train(parts)
+                train(config)
         assert stopped.value.code == 143
-    train(parts)
-    return whole, parts
+    train(config)
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

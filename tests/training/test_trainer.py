@@ -28,8 +28,8 @@ from tests.training.conftest import (
     assert_same_bits,
     log_without_times,
     same_bits,
-    stop_at,
     tensors,
+    train_in_parts,
     write_copper,
 )
 
@@ -72,13 +72,7 @@ def test_a_continued_run_is_identical_to_the_bit(
     train(whole)
     # In the midst of an epoch, after its last step, and after its validation.
     steps = len(read_rows(whole.run_dir)) and read_rows(whole.run_dir)[0]["step"]
-    for step in (2, steps, steps + 1):
-        with monkeypatch.context() as patch:
-            stop_at(step, patch)
-            with pytest.raises(Interrupted) as stopped:
-                train(parts)
-        assert stopped.value.code == 143
-    train(parts)
+    train_in_parts(parts, monkeypatch, (2, steps, steps + 1))
     for name in (STATE, BEST, LAST):
         assert_same_bits(whole.run_dir / name, parts.run_dir / name)
     assert log_without_times(whole) == log_without_times(parts)
