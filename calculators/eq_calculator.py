@@ -79,9 +79,10 @@ class EqCalculator(Calculator):
         ``"lebedev-11"`` (600), or another rule of ``mlip.nn.rotations``; with ``"+mirrors"`` at the
         end over reflections, too, which doubles the copies.  Costs as many times the model.
     accelerate : str or sequence of str, optional
+        ``"compile"``: Facet and Gaunt as one compiled program, about a minute the first time;
         ``"splines"``: tables in place of MACE's radial networks; ``"cuequivariance"``: kernels for
-        MACE on a GPU; ``"auto"``: what is known to pay for the model, or nothing.  Each is checked
-        against the plain model in float64 first.
+        MACE on a GPU; ``"auto"``: what is known to pay at once for the model, or nothing.  Each is
+        checked against the plain model in float64 first.
     max_memory : str or float, optional
         As ``"8GB"``, or bytes; None: what is free.  Structures that need more, as predicted, are
         evaluated in pieces, with the same results and a warning.

@@ -103,7 +103,7 @@ class CuEquivariance:
 class Splines:
     """Radial networks of MACE: few tabulated functions of the distance instead.
 
-    All radial weights R_l[p, c](r) of a layer are combinations of about 20 functions, found by a
+    All radial weights R_l[p, c](r) of a layer are combinations of 20 to 50 functions, found by a
     singular value decomposition.  Those of all layers are one table of splines.
     """
 
@@ -179,7 +179,7 @@ def requested(potential: Potential, wish: str | Sequence[str] | None) -> Potenti
 
     What ``"auto"`` chooses and the check refuses is left out with a warning.
     """
-    if wish is None or wish != "auto":
+    if wish != "auto":
         return accelerated(potential, wish or ())
     try:
         return accelerated(potential, automatic(potential))
