@@ -50,7 +50,7 @@ def relax_and_report(
     relaxed = [result.atoms for result in results if result.error is None and result.atoms]
     if out is not None and relaxed:
         write(out, relaxed)
-        console.print(f"{len(relaxed)} structures in {out}", markup=False, soft_wrap=True)
+        console.print(f"relaxed structures ({len(relaxed)}) in {out}", markup=False, soft_wrap=True)
     return all(result.converged for result in results)
 
 
