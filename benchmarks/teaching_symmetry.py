@@ -1,13 +1,14 @@
 """Ways of teaching symmetry, side by side: one backbone, one budget, several seeds.
 
-    MLIP_DATASETS=... python benchmarks/teaching_symmetry.py --systems ethanol --epochs 20
+    MLIP_DATASETS=... python benchmarks/teaching_symmetry.py --systems ethanol --epochs 12
 
 Each column is a training of teaching_symmetry.yaml with the options below and the same number of
 steps; its test errors, symmetry error, symmetry share of the squared error and time
 go into results/teaching_symmetry.json, one entry for each finished run: a broken-off
-call goes on where it stopped, and two may run side by side.  ``--minutes`` gives every column the
-same time instead.
-``--table`` prints what is there.  A column's weight is chosen on validation structures.
+call goes on where it stopped, and two may run side by side.  Two columns are there for comparisons
+at equal time: augmentation with twice the steps, and direct forces first.
+``--table`` puts what is there into docs/training.md.  A column's weight is chosen on validation
+structures.
 """
 
 from __future__ import annotations
@@ -20,33 +21,33 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pieces import Pieces
+from pieces import Pieces, insert
 
 HERE = Path(__file__).parent
 RESULTS = Pieces(HERE / "results" / "teaching_symmetry.json")
 RUNS = Path(os.environ.get("MLIP_RUNS", "runs")) / "teaching_symmetry"
 AUGMENTED = ["data.augment=rotations"]
+IRREPS = [*AUGMENTED, "model.tokens=irreps"]
 COLUMNS: dict[str, list[str]] = {
     "none": [],
     "augmentation": AUGMENTED,
+    "augmentation, twice the steps": AUGMENTED,
     "two views": [*AUGMENTED, "data.views=2"],
     "pooled latent": [*AUGMENTED, "symmetry.pooled={weight: 10}"],
     "atomic latents": [*AUGMENTED, "symmetry.latent={weight: 1}"],
     "variance": [*AUGMENTED, "symmetry.variance={energy: 100, forces: 100, views: 2}"],
     "dual": [*AUGMENTED, "symmetry.constraint={epsilon: 0.005}"],
+    "direct forces first": AUGMENTED,
     # Weights that can be projected are those between irreps: another form of the backbone.
-    "irreps, augmentation": [*AUGMENTED, "model.tokens=irreps"],
-    "irreps, projection": [
-        *AUGMENTED,
-        "model.tokens=irreps",
-        "symmetry.projection={groups: {O3: 1e-2}}",
-    ],
+    "irreps, augmentation": IRREPS,
+    "irreps, projection": [*IRREPS, "symmetry.projection={groups: {O3: 1e-2}}"],
     "irreps, annealed and projected": [
-        *AUGMENTED,
-        "model.tokens=irreps",
-        "symmetry.projection={groups: {O3: 1e-2}, anneal: 100, project_from: 0.5}",
+        *IRREPS,
+        "symmetry.projection={groups: {O3: 1e-2}, anneal: 100, project_from: 0.1}",
     ],
 }
+# Epochs of the training, and of one with direct forces before it, in those of the others.
+EPOCHS = {"augmentation, twice the steps": (2, 0), "direct forces first": (0.5, 1)}
 FILES = {
     "ethanol": ("rmd17/ethanol_train_01.xyz.gz", "rmd17/ethanol_test_01.xyz.gz"),
     "aspirin": ("rmd17/aspirin_train_01.xyz.gz", "rmd17/aspirin_test_01.xyz.gz"),
@@ -95,40 +96,46 @@ def data_files(system: str) -> list[Path]:
     return files
 
 
-def train(run: Path, system: str, column: str, seed: int, a: argparse.Namespace) -> dict:
+def train(run: Path, system: str, column: str, seed: int, epochs: int) -> dict[str, float]:
     files = data_files(system)
-    budget = (
-        [f"schedule.max_time={a.minutes}m", "schedule.max_epochs=null"]
-        if a.minutes
-        else [f"schedule.max_epochs={a.epochs}"]
-    )
-    mlip(
-        "train", str(HERE / "teaching_symmetry.yaml"), f"data.train={files[0]}", f"run_dir={run}",
-        f"seed={seed}", "resume=auto", "runtime.num_threads=1", "logging.progress=false",
-        "logging.plots=false", *budget, *COLUMNS[column], log=run / "output.log",
-    )  # fmt: skip
-    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
-    time = {"seconds": last["seconds"], "steps": last["step"]}
-    return {**measure(run / "last.safetensors", files[1]), **time}
+    last, first = EPOCHS.get(column, (1, 0))
+    stages = [("direct", first, ["model.direct_forces=true"])] if first else []
+    begin = [f"init_from={run}/direct/last.safetensors"] if first else []
+    seconds = steps = 0
+    for name, share, options in [*stages, ("last", last, begin)]:
+        folder = run / name
+        folder.mkdir(exist_ok=True)
+        mlip(
+            "train", str(HERE / "teaching_symmetry.yaml"), f"data.train={files[0]}",
+            f"run_dir={folder}", f"seed={seed}", "resume=auto", "runtime.num_threads=1",
+            "logging.progress=false", "logging.plots=false",
+            f"schedule.max_epochs={round(share * epochs)}", *COLUMNS[column], *options,
+            log=folder / "output.log",
+        )  # fmt: skip
+        end = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+        seconds, steps = seconds + end["seconds"], steps + end["step"]
+    return {**measure(folder / "last.safetensors", files[1]), "seconds": seconds, "steps": steps}
 
 
 def table(rows: list[dict]) -> str:
-    names = ("energy_mae", "forces_mae", "symmetry_forces_rms", "share_forces", "seconds", "steps")
-    groups: dict[tuple[str, str, str], list[dict]] = {}
+    """Means over the seeds, with standard deviations."""
+    names = ("energy_mae", "forces_mae", "symmetry_forces_rms", "share_forces", "seconds", "step")
+    groups: dict[tuple[str, int, str], list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["system"], row["budget"], row["column"]), []).append(row)
+        row["step"] = 1e3 * row["seconds"] / row["steps"]
+        groups.setdefault((row["system"], row["epochs"], row["column"]), []).append(row)
     lines = [
-        "| system | budget | column | seeds | E MAE (meV/atom) | F MAE (meV/A) "
-        "| symmetry error of F (meV/A, RMS) | symmetry share of F | time (s) | steps |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| system, epochs | column | seeds | E MAE (meV/atom) | F MAE (meV/Å) "
+        "| symmetry error of F (meV/Å, RMS) | symmetry share of F (%) | time (s) | ms/step |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for (system, budget, column), members in groups.items():
+    for (system, epochs, column), members in groups.items():
         cells = []
         for name in names:
-            values = [m[name] for m in members]
+            values = [m[name] * (100 if name == "share_forces" else 1) for m in members]
             spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3g}{spread}")
-        lines.append(f"| {system} | {budget} | {column} | {len(members)} | {' | '.join(cells)} |")
+            cells.append(f"{statistics.mean(values):.3g}{spread if name != 'seconds' else ''}")
+        lines.append(f"| {system}, {epochs} | {column} | {len(members)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -139,23 +146,26 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=FILES, default=["ethanol"])
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--minutes", type=float, default=None)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--table", action="store_true")
     a = parser.parse_args()
     if a.table:
-        print(table(RESULTS.rows()))
+        order = list(COLUMNS)
+        rows = sorted(RESULTS.rows(), key=lambda row: order.index(row["column"]))
+        rows.sort(key=lambda row: list(FILES).index(row["system"]))
+        insert(HERE.parent / "docs" / "training.md", "teaching_symmetry", table(rows))
         return
-    budget = f"{a.minutes:g} min" if a.minutes else f"{a.epochs} epochs"
     for seed in a.seeds:
         for system in a.systems:
             for column in a.columns:
-                key = {"system": system, "budget": budget, "column": column, "seed": seed}
-                name = "-".join([system, *column.replace(",", "").split(), budget, str(seed)])
-                run = RUNS / name.replace(" ", "-")
+                key = {"system": system, "epochs": a.epochs, "column": column, "seed": seed}
+                name = "-".join(
+                    [system, *column.replace(",", "").split(), str(a.epochs), str(seed)]
+                )
+                run = RUNS / name
                 with RESULTS.claimed(run, **key) as free:
                     if free:
-                        RESULTS.add({**key, **train(run, system, column, seed, a)})
+                        RESULTS.add({**key, **train(run, system, column, seed, a.epochs)})
 
 
 if __name__ == "__main__":

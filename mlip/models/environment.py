@@ -44,6 +44,9 @@ class EnvironmentConfig(Config):
     num_rounds: int = Field(2, ge=0, le=32, description="T, looks at the neighbours")
     num_heads: int = Field(4, ge=1, le=64, description="of a look; divides D")
     num_basis: int = Field(8, ge=2, le=64, description="Bessel functions")
+    stretch: float = Field(
+        2.0, ge=0, le=10, description="Bessel functions are 1 + this times finer at short distances"
+    )
     avg_num_neighbors: float = Field(
         20.0, gt=0, description="scale of sums over neighbours, from the training set"
     )
@@ -97,7 +100,7 @@ class Environment(nn.Module):
         fade = log_fade.exp()
         s = self.embed(Z)
         sj = self.species(s).index_select(0, hood.neighbors).view(*x.shape, -1)
-        a, gate = self.radial(bessel(x, c.num_basis)).chunk(2, dim=-1)
+        a, gate = self.radial(bessel(x, c.num_basis, c.stretch)).chunk(2, dim=-1)
         a = a + sj + self.direction(hood.vectors / r)
         t = self.token(nn.functional.silu(a) * gate)  # (N, K, D)
         h = s + self.density((fade[:, None, :] @ t)[:, 0] * self.scale)  # (N, H)

@@ -72,6 +72,9 @@ class EScAIPConfig(Config):
     max_neighbors: int = Field(30, ge=1, description="soft_knn: how many are chosen, softly")
     density_channels: int = Field(16, ge=1, le=512, description="channels of the density")
     num_basis: int = Field(8, ge=2, le=64, description="B, Bessel functions")
+    stretch: float = Field(
+        2.0, ge=0, le=10, description="Bessel functions are 1 + this times finer at short distances"
+    )
     field: Literal["given"] | tuple[float, float, float] | None = Field(
         None,
         description="external vector: given with each structure, or a fixed one, such as the "
@@ -223,7 +226,7 @@ class EScAIP(nn.Module):
                     reverse=reverse,
                     x=x,
                     unit=unit,
-                    radial=bessel(x, c.num_basis) * other,
+                    radial=bessel(x, c.num_basis, c.stretch) * other,
                     fade=log_fade.exp(),
                     log_fade=log_fade,
                     Y=Y,

@@ -51,6 +51,9 @@ class GauntConfig(Config):
         (16, 8, 4), description="channels of degree 0, 1, ... H that a neighbour sends"
     )
     num_basis: int = Field(8, ge=2, le=64, description="B, Bessel functions")
+    stretch: float = Field(
+        2.0, ge=0, le=10, description="Bessel functions are 1 + this times finer at short distances"
+    )
     hidden: int = Field(64, ge=4, le=4096, description="width of the readouts")
     factors: int = Field(
         1, ge=1, le=3, description="densities with weights of their own that are multiplied"
@@ -83,7 +86,7 @@ class Gaunt(nn.Module):
         super().__init__()
         c = self.config = config
         self.embed = nn.Embedding(119, c.channels)  # one row per Z, row 0 unused
-        self.edges = EdgeBasis(c.lmax, c.num_basis, c.cutoff, c.avg_num_neighbors)
+        self.edges = EdgeBasis(c.lmax, c.num_basis, c.cutoff, c.avg_num_neighbors, c.stretch)
         H = len(c.message_channels) - 1
         self.layers = nn.ModuleList(
             Layer(c, lmax_in=H if t else 0, lmax_out=H if t < c.num_layers - 1 else 0)

@@ -67,6 +67,9 @@ class PonitaConfig(Config):
     )
     message_channels: int = Field(16, ge=1, le=256, description="S, that a neighbour sends")
     num_basis: int = Field(8, ge=2, le=64, description="B, Bessel functions")
+    stretch: float = Field(
+        2.0, ge=0, le=10, description="Bessel functions are 1 + this times finer at short distances"
+    )
     hidden: int = Field(64, ge=4, le=4096, description="width of the networks on invariants")
     random_grid: bool = Field(
         False, description="in training turn the orientations at random, for each structure anew"
@@ -143,7 +146,7 @@ class Ponita(nn.Module):
         r = hood.vectors.norm(dim=-1, keepdim=True)  # (N, J, 1)
         Y = self.harmonics(hood.vectors / r).mT  # (N, LM, J)
         u = r[..., 0] / c.cutoff
-        R = bessel(u, c.num_basis) * (
+        R = bessel(u, c.num_basis, c.stretch) * (
             polynomial_envelope(u) / math.sqrt(4 * c.avg_num_neighbors)
         ).unsqueeze(-1)  # (N, J, B)
         edges = Y[:, :, None] * R.mT[:, None]  # (N, LM, B, J)

@@ -69,6 +69,9 @@ class TransIPConfig(Config):
     value_channels: int = Field(4, ge=1, le=256, description="channels of the values of each head")
     edge_hidden: int = Field(64, ge=4, le=4096, description="width of the network of the edges")
     num_basis: int = Field(8, ge=2, le=64, description="B, Bessel functions")
+    stretch: float = Field(
+        2.0, ge=0, le=10, description="Bessel functions are 1 + this times finer at short distances"
+    )
     latent: tuple[int, int] = Field(
         (16, 4), description="channels of degree 1 and 2 in the latents; the rest are scalars"
     )
@@ -188,7 +191,7 @@ class TransIP(nn.Module):
         # All that slot 0 gets of a distance and a direction is zero.
         own = nn.functional.pad
         unit = own(v / r[..., None], (0, 0, 1, 0))
-        radial = own(bessel(x, c.num_basis), (0, 0, 1, 0))
+        radial = own(bessel(x, c.num_basis, c.stretch), (0, 0, 1, 0))
         functions, phase = self.functions(own(v, (0, 0, 1, 0)), unit, radial)
         neighbors = torch.cat(
             [torch.arange(N, device=v.device)[:, None], hood.neighbors.view(N, -1)], dim=1
