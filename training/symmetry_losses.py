@@ -37,6 +37,7 @@ from mlip.training.soft_equivariance import ProjectionTerm, irreps_layers
 from mlip.training.symmetry_config import ConstraintConfig, SymmetryConfig
 
 SLOTS = 64  # hard rotations that are remembered, over all processes
+TINY = 1e-30  # of a mean violation; that of an exact model may be zero
 STEP = 0.3  # rad, typical length of a move from a hard rotation
 
 
@@ -188,7 +189,9 @@ class ConstraintTerm(nn.Module):
 
     Rotations are drawn uniformly or, with probability 1 - ``fresh``, near one that was hard: of
     ``SLOTS`` chains each keeps a rotation, replaced by the next with probability min(1, v' / v), as
-    Metropolis and Hastings do for a density proportional to v.
+    Metropolis and Hastings do for a density proportional to v.  Each v is in units of the mean of
+    its step: violations fall by orders of magnitude in a training, and against those of its
+    beginning no later rotation would be accepted.
     """
 
     dual: Tensor
@@ -216,8 +219,10 @@ class ConstraintTerm(nn.Module):
         loss = float(self.dual) * share
         with torch.no_grad():
             each = squares.new_zeros(graph.num_structures).index_add(0, graph.batch, squares)
-            self._remember(slots, R, (each / graph.ptr.diff() + energy) / 2)
-            excess = float(all_sum(share)) / c.epsilon**2 - 1
+            mean = all_sum(share)
+            relative = (each / graph.ptr.diff() + energy) / 2 / mean.clamp(min=TINY)
+            self._remember(slots, R, relative)
+            excess = float(mean) / c.epsilon**2 - 1
             factor = math.exp(c.rate * min(max(excess, -1.0), 1.0))
             self.dual.mul_(factor).clamp_(*c.bounds)
         return loss
