@@ -359,17 +359,17 @@ def config_class(name: str, wrapper: str | None = None) -> type[TrainConfig]:
     )
 
 
-def hyperparameters(config: TrainConfig, avg_num_neighbors: float | None = None) -> dict[str, Any]:
-    """What ``mlip.models.build`` takes, of the section ``model``."""
+def hyperparameters(config: TrainConfig, **decided: Any) -> dict[str, Any]:
+    """What ``mlip.models.build`` takes, of the section ``model``; ``decided``, such as
+    ``avg_num_neighbors=18.0``, in place of what is not given."""
     own = {
         key: value
         for key, value in config.model.model_dump().items()
         if key not in ModelConfig.model_fields
     }
+    own |= {key: value for key, value in decided.items() if own.get(key, 0) is None}
     if own.get("avg_num_neighbors", 0) is None:
-        own["avg_num_neighbors"] = avg_num_neighbors
-        if avg_num_neighbors is None:
-            del own["avg_num_neighbors"]
+        del own["avg_num_neighbors"]
     return own
 
 

@@ -35,7 +35,7 @@ from mlip.models import build
 from mlip.nn.cohesion import Cohesion
 from mlip.nn.zbl import ZBL
 from mlip.potential import Potential
-from mlip.training import denoising, distributed
+from mlip.training import denoising, distributed, warm_start
 from mlip.training.config import DataConfig, TrainConfig, hyperparameters, to_yaml
 from mlip.training.log import read_rows, require_loggers
 from mlip.training.loss import Objective
@@ -43,7 +43,7 @@ from mlip.training.sampling import AdaptiveSampling
 from mlip.training.signals import StopSignals
 from mlip.training.symmetry_losses import symmetry_terms
 from mlip.training.trainer import BEST, LAST, STATE, Trainer
-from mlip.wrappers import unwrapped, wrap
+from mlip.wrappers import wrap
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -213,12 +213,15 @@ def make_potential(config: TrainConfig, data: RunData) -> tuple[TrainConfig, Pot
     """Untrained potential, and the configuration completed by what the data say."""
     s = data.statistics
     torch.manual_seed(config.seed)
-    own = hyperparameters(config, avg_num_neighbors=max(s.avg_num_neighbors, 1.0))
-    if own.get("elements", ()) is None:
-        own["elements"] = tuple(s.elements)
-    known: dict[str, Any] = {
-        key: own[key] for key in ("avg_num_neighbors", "elements") if key in own
+    old = None if config.init_from is None else checkpoint.load(config.init_from)
+    decided: dict[str, Any] = {
+        "avg_num_neighbors": max(s.avg_num_neighbors, 1.0),
+        "elements": tuple(s.elements),
     }
+    if old is not None and config.init_from is not None:
+        decided |= warm_start.decided(old, s.elements, config.init_from)
+    own = hyperparameters(config, **decided)
+    known = {key: own[key] for key in decided if key in own}
     config = config.model_copy(update={"model": config.model.model_copy(update=known)})
     scale = next(x for x in (s.rms_force, s.energy_std, 1.0) if math.isfinite(x) and x > 0)
     if config.denoising is not None:
@@ -246,52 +249,13 @@ def make_potential(config: TrainConfig, data: RunData) -> tuple[TrainConfig, Pot
     metadata = {k: v for k, v in metadata.items() if v is not None}
     potential = Potential(model, s.e0, scale, repulsion, cohesion, metadata)
     potential.to(torch.float64 if config.precision.dtype == "float64" else torch.float32)
-    if config.init_from is not None:
-        if start_from(potential, config.init_from) == denoising.NAME:
+    if old is not None and config.init_from is not None:
+        if warm_start.start_from(potential, old, config.init_from) == denoising.NAME:
             # Denoising leaves a constant open for each composition.
             potential.cohesion = fit_cohesion(data.train, s.e0, potential)
     number = sum(p.numel() for p in potential.parameters())
     logger.info("%s: %d parameters, energies in units of %.4g eV", config.model.name, number, scale)
     return config, potential
-
-
-def start_from(potential: Potential, path: Path) -> str | None:
-    """Give a new potential the weights of a saved one: staged training.
-
-    Scale and energies of cohesion go with the weights, reference energies stay those of the data;
-    wrappers may differ.
-
-    Returns
-    -------
-    str or None
-        What it was trained for, if not for energies and forces.
-
-    Raises
-    ------
-    ValueError
-        If they are different models in more than heads for direct forces.
-    """
-    old = checkpoint.load(path)
-    (model, _), (old_model, _) = unwrapped(potential.model), unwrapped(old.model)
-    ours, theirs = model.state_dict(), old_model.state_dict()
-    odd = [
-        key
-        for key in sorted(ours.keys() | theirs.keys())
-        if (key in ours and key in theirs and ours[key].shape != theirs[key].shape)
-        or ((key in ours) != (key in theirs) and not key.startswith("forces."))
-    ]
-    if type(old_model) is not type(model) or odd:
-        raise ValueError(
-            f"init_from: {path} is another model than the configured one"
-            + (f"; they differ in {', '.join(odd[:3])}" if odd else "")
-        )
-    known = {key: value for key, value in theirs.items() if key in ours}
-    model.load_state_dict({**ours, **known})
-    potential.scale.copy_(old.scale)
-    potential.cohesion = old.cohesion
-    logger.info("weights of %s", path)
-    objective = old.metadata.get("training", {}).get("objective")
-    return None if objective is None else str(objective)
 
 
 def fit_cohesion(train: HDF5Dataset, e0: Tensor, start: Potential | None = None) -> Cohesion | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ase import Atoms
 from ase.build import molecule
 from numpy.random import default_rng
 
@@ -34,6 +35,7 @@ from tests.training.conftest import (
     log_without_times,
     train_in_two_processes,
     whole_and_in_parts,
+    write_copper,
 )
 
 Configure = Callable[..., TrainConfig]
@@ -158,33 +160,49 @@ def test_the_dual_variable_rises_and_falls() -> None:
         assert float(term.dual) == (2.0 if sign > 0 else 0.5)
 
 
-def test_rotations_are_sampled_where_they_are_hard() -> None:
-    """A model that errs only for one direction of a bond: chains gather there."""
+class Sided(torch.nn.Module):
+    """Errs only for one direction of a bond."""
 
-    class Sided(torch.nn.Module):
-        scale, dtype = torch.tensor(1.0), torch.float64
+    scale, dtype = torch.tensor(1.0), torch.float64
+    size = 10.0
 
-        def forward(self, graph: AtomicGraph) -> dict[str, torch.Tensor]:
-            bond = torch.nn.functional.normalize(graph.positions[1::2] - graph.positions[::2])
-            energy = 10 * torch.relu(bond[:, 2] - 0.8)  # north: a tenth of the sphere
-            return {"energy": energy, "forces": torch.zeros_like(graph.positions)}
+    def forward(self, graph: AtomicGraph) -> dict[str, torch.Tensor]:
+        bond = torch.nn.functional.normalize(graph.positions[1::2] - graph.positions[::2])
+        energy = self.size * torch.relu(bond[:, 2] - 0.8)  # north: a tenth of the sphere
+        return {"energy": energy, "forces": torch.zeros_like(graph.positions)}
 
-    from ase import Atoms
 
+def bonds() -> AtomicGraph:
     pair = AtomicGraph.from_atoms(Atoms("CO", positions=[[0, 0, 0], [1.1, 0, 0]]), 4.0)
-    graph, model = AtomicGraph.collate([pair] * 16), Sided()
+    return AtomicGraph.collate([pair] * 16)
+
+
+def test_rotations_are_sampled_where_they_are_hard() -> None:
+    """Chains gather where the model errs."""
+    graph, model = bonds(), Sided()
     shares = []
     for fresh in (1.0, 0.3):
         torch.manual_seed(5)
         term = ConstraintTerm(ConstraintConfig(fresh=fresh), reflect=False)
-        values = []
         for _ in range(120):
             term(model, graph, model(graph))
-            values.append(float(term.violations.mean()))
             R = term._proposals(torch.arange(64))
         shares.append(float((R[:, 2, 0] > 0.8).double().mean()))
         assert (term.rotations @ term.rotations.mT - torch.eye(3)).abs().max() < 1e-10
     assert shares[0] < 0.25 < shares[1]
+
+
+def test_chains_move_on_while_violations_fall() -> None:
+    """Halving the violation in each step is no reason to keep the rotations of the beginning."""
+    graph, model, found = bonds(), Sided(), []
+    for factor in (1.0, 0.5):
+        torch.manual_seed(5)
+        term, model.size = ConstraintTerm(ConstraintConfig(), reflect=False), 10.0
+        for _ in range(30):
+            term(model, graph, model(graph))
+            model.size *= factor
+        found.append(term.rotations)
+    assert torch.equal(*found) and not torch.equal(found[0], torch.eye(3).expand(64, 3, 3))
 
 
 def test_projection_makes_a_free_model_exact() -> None:
@@ -349,14 +367,19 @@ def test_annealed_then_projected_models_are_exact(configure: Configure, copper: 
     assert evaluate_file(potential, copper / "valid.h5")
 
 
-def test_direct_forces_first_then_gradients(configure: Configure) -> None:
-    first = configure(
-        "first", model={"name": "transip", "direct_forces": True, **TINY}, loss={"stress": 0}
-    )
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "transip", **TINY},
+        {"name": "escaip", "cutoff": 3.6, "hidden": 8, "node_hidden": 8, "num_heads": 2},
+    ],
+)
+def test_direct_forces_first_then_gradients(configure: Configure, model: dict[str, Any]) -> None:
+    first = configure("first", model={**model, "direct_forces": True}, loss={"stress": 0})
     before = train(first)
     second = configure(
         "second",
-        model={"name": "transip", **TINY},
+        model=model,
         init_from=str(before),
         optimizer={"lr": 1e-30, "muon_lr": 1e-30, "weight_decay": 0},
         schedule={"max_epochs": 1},
@@ -368,9 +391,29 @@ def test_direct_forces_first_then_gradients(configure: Configure) -> None:
     x, y = a(graph), b(graph)
     assert torch.allclose(x["energy"], y["energy"], atol=1e-10)
     assert (x["forces"] - y["forces"]).abs().max() > 1e-4
-    other = configure("other", model={"name": "transip", **TINY, "hidden": 24}, init_from=before)
-    with pytest.raises(ValueError, match="another model"):
-        train(other)
+    for key, value in (("hidden", 24), ("cutoff", 3.5)):  # the latter changes no shape
+        other = configure("other", model={**model, key: value}, init_from=before)
+        with pytest.raises(ValueError, match=rf"another model.*{key} is \d+(\.\d+)? there"):
+            train(other)
+    with pytest.raises(ValueError, match="not a Facet"):
+        train(configure("other", init_from=before))
+
+
+def test_weights_keep_what_their_data_decided(configure: Configure, tmp_path: Path) -> None:
+    """Numbers of neighbours are those of the data the weights come from, not of the new ones."""
+    before = train(configure("first", schedule={"max_epochs": 1}))
+    write_copper(tmp_path / "gold.h5", 3, 0, "Au")  # fewer neighbours in the cutoff
+    frozen = {"optimizer": {"lr": 1e-30, "muon_lr": 1e-30, "weight_decay": 0}}
+    data = {"train": str(tmp_path / "gold.h5"), "valid": str(tmp_path / "gold.h5")}
+    after = configure("second", init_from=before, data=data, schedule={"max_epochs": 1}, **frozen)
+    a, b = checkpoint.load(before), checkpoint.load(train(after))
+    assert a.model.config == b.model.config
+    graph = batch().replace(atomic_numbers=torch.full_like(batch().atomic_numbers, 79))
+    assert torch.equal(a(graph)["forces"], b(graph)["forces"])
+    mace = {"name": "mace", "cutoff": 3.6, "channels": 2, "lmax": 0, "radial_hidden": [4]}
+    first = train(configure("third", model=mace, schedule={"max_epochs": 1}))
+    with pytest.raises(ValueError, match="no weights for Au"):
+        train(configure("fourth", model=mace, init_from=first, data=data))
 
 
 def test_several_views_enlarge_the_batch(configure: Configure) -> None:
