@@ -6,14 +6,15 @@ at distance zero.  In each block
     x_ij = norm(e_ij + W h_i + W h_j + W e_ji)                                       messages
     s_jk = d^-1/2 sum_l q_j^l . k_k^l P_l(cos jik)                                   logits
     o_ij = sum_k f_ik exp(s_jk) v_k / sum_k f_ik exp(s_jk)                           attention
-    h_i <- h_i + W o_ii,     h_i <- h_i + MLP(h_i)                                   atoms
-    e_ij <- e_ij + W o_ij,   e_ij <- e_ij + MLP(e_ij)                                edges
+    A_i  = n^-1/2 sum_j f_ij (W x_ij) Y(r_ij),     p_i = sum_m A A                   density
+    h_i <- h_i + W o_ii,     h_i <- h_i + MLP(h_i, p_i)                              atoms
+    e_ij <- e_ij + W o_ij + Y(r_ij) . W A_i,       e_ij <- e_ij + MLP(e_ij)          edges
 
 By the addition theorem P_l comes from multiplying queries and keys with harmonics.  The envelope f
 multiplies the weight of a key in numerator and denominator, so that every atom in the cutoff takes
-part and none enters with a jump.  Inputs are radial functions, elements and the density
-
-    A_i[lm, c] = n^-1/2 sum_j f_ij w_c(Z_j, r_ij) Y_lm(r_ij),    p_i = sum_m A A,    Y(r_ij) . A_i
+part and none enters with a jump.  A mean forgets how many there are and an average over angles
+blurs them; the density beside it, a sum with harmonics, does not.  Inputs are radial functions,
+elements and the same density with weights w(Z_j, r_ij).
 
 After E. Qu and A. Krishnapriyan, "The importance of being scalable" (EScAIP, NeurIPS 2024,
 arXiv:2410.24169).  Differences: forces are gradients by default; smooth envelope and no cap on
@@ -42,6 +43,7 @@ from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.nn.attention import attend, log_envelope
 from mlip.nn.buckets import bucket_by_degree
 from mlip.nn.constant import Constant
+from mlip.nn.neighborhoods import reversed_edges
 from mlip.nn.radial import bessel
 from mlip.nn.rigid_motion import without_rigid_motion
 from mlip.nn.soft_neighbors import log_soft_knn, soft_ranks
@@ -70,7 +72,7 @@ class EScAIPConfig(Config):
         "of the nearest",
     )
     max_neighbors: int = Field(30, ge=1, description="soft_knn: how many are chosen, softly")
-    density_channels: int = Field(16, ge=1, le=512, description="channels of the density")
+    density_channels: int = Field(32, ge=1, le=512, description="channels of the density")
     num_basis: int = Field(8, ge=2, le=64, description="B, Bessel functions")
     stretch: float = Field(
         2.0, ge=0, le=10, description="Bessel functions are 1 + this times finer at short distances"
@@ -116,7 +118,7 @@ class EScAIP(nn.Module):
             c.angular_channels if c.angular == "legendre" else (sum(c.angular_channels),)
         )
         self.embed = nn.Embedding(119, c.node_hidden)  # one row per Z, row 0 unused
-        self.density = Density(c, lmax)
+        self.node_input = NodeInput(c, lmax)
         self.edge_input = EdgeInput(c, lmax)
         self.blocks = nn.ModuleList(
             Block(c, self.angles, edges=t < c.num_layers - 1 or c.direct_forces)
@@ -153,7 +155,7 @@ class EScAIP(nn.Module):
         order, hoods = self.neighborhoods(graph)
         Z = graph.atomic_numbers
         nodes = torch.arange(len(Z), device=Z.device) if order is None else order
-        h, A = self.density(self.embed(Z[nodes]), hoods)
+        h, A = self.node_input(self.embed(Z[nodes]), hoods)
         h = h if share is None else share(h, nodes)
         field = None
         if self.config.field is not None:
@@ -272,33 +274,6 @@ def readout(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return layers
 
 
-def reversed_edges(graph: AtomicGraph) -> Tensor:
-    """(E,) for each edge i <- j the edge j <- i with the opposite shift; E where there is none.
-
-    Where nodes are views of atoms, i there is the node ``view_of[i]``.
-    """
-    j, i = graph.edge_index
-    S = graph.cell_shifts.round().long()
-    E, N = len(j), len(graph.atomic_numbers)
-    if E == 0:
-        return j
-    base = 2 * int(S.abs().max()) + 1
-    if N**2 * base**3 > 2**62:
-        raise ValueError(
-            f"{N} atoms with cell shifts up to {base // 2} are too many to number all pairs; "
-            "wrap the atoms into the cell"
-        )
-    weights = torch.tensor([base**2, base, 1], device=S.device)
-    number = (S * weights).sum(dim=1)
-    offset, step = (base**3 - 1) // 2, base**3
-    key = (i * N + j) * step + offset + number
-    other = graph.view_of.index_select(0, i) if "view_of" in graph else i
-    reverse = (j * N + other) * step + offset - number
-    key, edge = key.sort()
-    place = torch.searchsorted(key, reverse).clamp(max=E - 1)
-    return torch.where(key[place] == reverse, edge[place], E)
-
-
 class AngularChannels(nn.Module):
     """Which harmonic multiplies which channel of queries and keys: q^l . k^l P_l by the addition
     theorem.
@@ -330,43 +305,72 @@ class AngularChannels(nn.Module):
 
 
 class Density(nn.Module):
-    """Smooth environment of each atom, and the first state of the atom made of its invariants."""
+    """Sums over neighbours with harmonics, and their invariants."""
 
     degree: Tensor  # (LM,)
 
     def __init__(self, c: EScAIPConfig, lmax: int) -> None:
         super().__init__()
-        H, C = c.node_hidden, c.density_channels
+        C = c.density_channels
         self.scale = 1 / math.sqrt(c.avg_num_neighbors)
-        self.radial = nn.Linear(c.num_basis, C, bias=False)
-        self.species = nn.Linear(H, C)
-        l = degree_of_component(lmax)
-        self.lmax = lmax
         self.mix = nn.Parameter(torch.randn(lmax + 1, C, C) / math.sqrt(C))
+        l = degree_of_component(lmax)
         self.register_buffer("degree", l, persistent=False)
         self.sum = Constant(
             (l == torch.arange(lmax + 1)[:, None]) * (2 * l + 1).double().rsqrt()
         )  # (L + 1, LM)
+
+    def forward(self, weights: Tensor, hood: Hood) -> tuple[Tensor, Tensor]:
+        """Weights (n, T, C) -> densities (n, LM, C) and invariants (n, (L + 1) C)."""
+        A = hood.Y.mT @ (weights * (hood.fade * self.scale)[..., None])
+        mixed = (A.transpose(0, 1) @ self.mix.index_select(0, self.degree)).transpose(0, 1)
+        return A, torch.einsum("lm,nmc->nlc", self.sum(), A * mixed).flatten(1)
+
+
+class AlongEdges(nn.Module):
+    """The density in the direction of each edge, Y(r_ij) . W A_i with weights for each degree."""
+
+    degree: Tensor  # (LM,)
+
+    def __init__(self, c: EScAIPConfig, lmax: int) -> None:
+        super().__init__()
+        fan_in = c.density_channels * (lmax + 1)
+        self.weight = nn.Parameter(
+            torch.randn(lmax + 1, c.density_channels, c.hidden) / math.sqrt(fan_in)
+        )
+        self.register_buffer("degree", degree_of_component(lmax), persistent=False)
+
+    def forward(self, A: Tensor, hood: Hood) -> Tensor:
+        """(n, LM, C) -> (n, T, D)."""
+        W = self.weight.index_select(0, self.degree)
+        return hood.Y @ (A.transpose(0, 1) @ W).transpose(0, 1)
+
+
+class NodeInput(nn.Module):
+    """First state of an atom: its element and the density of elements around it."""
+
+    def __init__(self, c: EScAIPConfig, lmax: int) -> None:
+        super().__init__()
+        H, C = c.node_hidden, c.density_channels
+        self.radial = nn.Linear(c.num_basis, C, bias=False)
+        self.species = nn.Linear(H, C)
+        self.density = Density(c, lmax)
         self.update = mlp((lmax + 1) * C + H, 2 * H, H)
 
-    def forward(self, species: Tensor, hoods: list[Hood]) -> tuple[Tensor, Tensor]:
-        """Species (N, H) -> states (N, H), densities (N, LM, C)."""
+    def forward(self, species: Tensor, hoods: list[Hood]) -> tuple[Tensor, list[Tensor]]:
+        """Species (N, H) -> states (N, H), and densities (n, LM, C) of each bucket."""
         w = self.species(species)  # (N, C)
-        parts = []
+        A, p = [], []
         for hood in hoods:
             wj = w.index_select(0, hood.neighbors).view(*hood.radial.shape[:2], -1)
-            weights = self.radial(hood.radial) * wj * (hood.fade * self.scale)[..., None]
-            parts.append(hood.Y.mT @ weights)  # (n, LM, C)
-        A = torch.cat(parts)
-        mixed = (A.transpose(0, 1) @ self.mix.index_select(0, self.degree)).transpose(0, 1)
-        p = torch.einsum("lm,nmc->nlc", self.sum(), A * mixed).flatten(1)
-        return species + self.update(torch.cat([p, species], dim=-1)), A
+            density, invariants = self.density(self.radial(hood.radial) * wj, hood)
+            A.append(density)
+            p.append(invariants)
+        return species + self.update(torch.cat([torch.cat(p), species], dim=-1)), A
 
 
 class EdgeInput(nn.Module):
     """First states of the edges: distance, elements, and their angles with the environment."""
-
-    degree: Tensor  # (LM,)
 
     def __init__(self, c: EScAIPConfig, lmax: int) -> None:
         super().__init__()
@@ -375,26 +379,22 @@ class EdgeInput(nn.Module):
         self.field = nn.Linear(2, D, bias=False) if c.field is not None else None
         self.nodes = nn.Linear(c.node_hidden, 2 * D)
         self.radial = nn.Linear(c.num_basis, 2 * D)
-        self.environment = nn.Parameter(
-            torch.randn(lmax + 1, c.density_channels, D)
-            / math.sqrt(c.density_channels * (lmax + 1))
-        )
-        self.register_buffer("degree", degree_of_component(lmax), persistent=False)
+        self.along = AlongEdges(c, lmax) if c.angular == "legendre" else None
         self.out = nn.Linear(D, D)
 
     def forward(
-        self, h: Tensor, A: Tensor, hoods: list[Hood], field: Tensor | None
+        self, h: Tensor, A: list[Tensor], hoods: list[Hood], field: Tensor | None
     ) -> list[Tensor]:
         center, source = self.nodes(h).chunk(2, dim=-1)  # (N, D)
-        if self.vectors is None:
-            W = self.environment.index_select(0, self.degree)
-            A = (A.transpose(0, 1) @ W).transpose(0, 1)  # (N, LM, D)
         states = []
-        for hood in hoods:
+        for hood, density in zip(hoods, A, strict=True):
             rows = slice(hood.first, hood.last)
             a, gate = self.radial(hood.radial).chunk(2, dim=-1)
             a = a + source.index_select(0, hood.neighbors).view_as(a) + center[rows, None]
-            a = a + (hood.Y @ A[rows] if self.vectors is None else self.vectors(hood.unit))
+            if self.along is not None:
+                a = a + self.along(density, hood)
+            if self.vectors is not None:
+                a = a + self.vectors(hood.unit)
             if self.field is not None and field is not None:  # its angle with the edge, its square
                 F = field[rows, :, None]  # (n, 3, 1)
                 square = F.square().sum(dim=1, keepdim=True).expand(-1, hood.unit.shape[1], 1)
@@ -404,7 +404,7 @@ class EdgeInput(nn.Module):
 
 
 class Block(nn.Module):
-    """Messages, attention inside each neighbourhood, update of atoms and edges."""
+    """Messages, attention inside each neighbourhood, density, update of atoms and edges."""
 
     def __init__(self, c: EScAIPConfig, angles: AngularChannels, edges: bool) -> None:
         super().__init__()
@@ -423,8 +423,12 @@ class Block(nn.Module):
         self.key = nn.Parameter(torch.randn(self.heads, d, D) / math.sqrt(D))
         self.value = nn.Linear(D, self.heads * self.width, bias=False)
         self.to_node = nn.Linear(self.heads * self.width, H, bias=False)
-        self.node_mlp = mlp(H, 2 * H, H)
+        lmax = len(c.angular_channels) - 1
+        self.weights = nn.Linear(D, c.density_channels, bias=False)
+        self.density = Density(c, lmax)
+        self.node_mlp = mlp(H + (lmax + 1) * c.density_channels, 2 * H, H)
         if edges:
+            self.along = AlongEdges(c, lmax)
             self.to_edge = nn.Linear(self.heads * self.width, D, bias=False)
             self.edge_mlp = mlp(D, 2 * D, D)
 
@@ -433,7 +437,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         center, source = self.nodes(self.norm_node(h)).chunk(2, dim=-1)  # (N, D)
         backward = self.reverse(torch.cat([part.flatten(0, 1) for part in read]))
-        atoms, new = [], []
+        atoms, invariants, new = [], [], []
         for hood, part in zip(hoods, e, strict=True):
             x = self.norm(
                 part
@@ -443,11 +447,13 @@ class Block(nn.Module):
             )  # (n, T, D)
             out = self.attention(x, hood)
             atoms.append(out[:, 0])
+            A, p = self.density(self.weights(x), hood)
+            invariants.append(p)
             if self.edges:
-                part = part + self.to_edge(out)
+                part = part + self.to_edge(out) + self.along(A, hood)
                 new.append(part + self.edge_mlp(part))
         h = h + self.to_node(torch.cat(atoms))
-        return h + self.node_mlp(h), new
+        return h + self.node_mlp(torch.cat([h, torch.cat(invariants)], dim=-1)), new
 
     def attention(self, x: Tensor, hood: Hood) -> Tensor:
         """(n, T, D) -> (n, T, heads width), or for the atom alone (n, 1, heads width)."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mlip.data.graph import AtomicGraph
 
 
 class Neighborhoods(NamedTuple):
@@ -40,3 +43,30 @@ def gather_neighborhoods(
     padded = torch.cat([vectors, padding]).index_select(0, table)
     neighbors = torch.cat([j, j.new_zeros(1)]).index_select(0, table)
     return Neighborhoods(padded.view(num_nodes, K, 3), neighbors)
+
+
+def reversed_edges(graph: AtomicGraph) -> Tensor:
+    """(E,) for each edge i <- j the edge j <- i with the opposite shift; E where there is none.
+
+    Where nodes are views of atoms, i there is the node ``view_of[i]``.
+    """
+    j, i = graph.edge_index
+    S = graph.cell_shifts.round().long()
+    E, N = len(j), len(graph.atomic_numbers)
+    if E == 0:
+        return j
+    base = 2 * int(S.abs().max()) + 1
+    if N**2 * base**3 > 2**62:
+        raise ValueError(
+            f"{N} atoms with cell shifts up to {base // 2} are too many to number all pairs; "
+            "wrap the atoms into the cell"
+        )
+    weights = torch.tensor([base**2, base, 1], device=S.device)
+    number = (S * weights).sum(dim=1)
+    offset, step = (base**3 - 1) // 2, base**3
+    key = (i * N + j) * step + offset + number
+    other = graph.view_of.index_select(0, i) if "view_of" in graph else i
+    reverse = (j * N + other) * step + offset - number
+    key, edge = key.sort()
+    place = torch.searchsorted(key, reverse).clamp(max=E - 1)
+    return torch.where(key[place] == reverse, edge[place], E)

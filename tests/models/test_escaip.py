@@ -15,8 +15,8 @@ from scipy.spatial.transform import Rotation
 
 from mlip.data.graph import AtomicGraph
 from mlip.models import build
-from mlip.models.escaip import reversed_edges
 from mlip.nn import buckets
+from mlip.nn.neighborhoods import reversed_edges
 from mlip.potential import Potential
 from tests.conftest import rattled, without_zeros
 
