@@ -91,14 +91,14 @@ def two_atoms(potential):
 
 def training_steps(potential) -> tuple[list[float], float]:
     """Seconds of steps on 5 molecules of ethanol, and the peak of memory."""
+    from itertools import repeat
+
     import torch
     from ase.build import molecule
-    from speed_worker import forget_peak, resident
+    from speed_training import own_step
+    from speed_worker import timed_repeats
 
     from mlip.data.graph import AtomicGraph
-    from mlip.training.config import LossConfig, OptimizerConfig
-    from mlip.training.loss import Objective
-    from mlip.training.optimizer import make_optimizers
 
     graphs = []
     for seed in range(5):
@@ -107,21 +107,8 @@ def training_steps(potential) -> tuple[list[float], float]:
         graphs.append(AtomicGraph.from_atoms(atoms, potential.cutoff))
     graph = AtomicGraph.collate(graphs)
     graph = graph.replace(energy=torch.ones(5).double(), forces=torch.randn(45, 3).double())
-    objective = Objective.from_config(LossConfig(), has_stress=False)
-    optimizers = make_optimizers(potential.train(), OptimizerConfig())
-    seconds = []
-    forget_peak()
-    before = resident("VmRSS")
-    for step in range(STEPS["training"] + 2):
-        begin = time.process_time()
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        objective(potential, graph, potential(graph)).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        if step > 1:
-            seconds.append(time.process_time() - begin)
-    return seconds, resident("VmHWM") - before
+    step = own_step(potential, repeat(graph))
+    return timed_repeats(step, STEPS["training"], time.process_time)
 
 
 def measure_cost(model: str, what: str) -> Row:

@@ -1,6 +1,6 @@
 """What a step must cost on this machine, and how far each model is from it.
 
-    python benchmarks/budget.py facet:small facet escaip transip --threads 1
+    python benchmarks/budget.py facet:small facet gaunt escaip transip ponita mace environment
 
 For energy, forces and stress of Si 216 in float32 it counts the operations of matrix products and
 the bytes that all operations read and write, and measures the machine: products of 512 x 512
@@ -29,12 +29,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from trainings import untrained
 
 from mlip.allocator import tune_allocator
 from mlip.data.graph import AtomicGraph
-from mlip.models import build
-from mlip.potential import Potential
-from mlip.training.config import SIZES
 
 KINDS = {
     "products": ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear"),
@@ -91,6 +89,19 @@ def machine() -> dict[str, float]:
     return rates
 
 
+def sent(config: Any) -> int:
+    """Numbers that a neighbour sends, over all layers."""
+    layers = config.num_rounds if hasattr(config, "num_rounds") else config.num_layers
+    channels = getattr(config, "message_channels", None)
+    if isinstance(channels, tuple):  # of each degree
+        return layers * sum((2 * l + 1) * S for l, S in enumerate(channels))
+    if channels is not None:  # at each orientation
+        return layers * channels * max(config.orientations, 1)
+    if hasattr(config, "max_ell"):  # MACE, whose first layer has scalars only
+        return config.channels * (1 + (layers - 1) * (config.lmax + 1) ** 2)
+    return layers * config.hidden
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -111,21 +122,14 @@ def main() -> None:
     N, E = len(atoms), graph.edge_index.shape[1]
     rows = {}
     for name in a.models:
-        kind, _, size = name.partition(":")
-        hyperparameters = {"cutoff": 5.0, **SIZES[kind][size or "medium"]}
-        potential = Potential(build(kind, **hyperparameters), torch.zeros(119)).float().eval()
+        potential = untrained(name, [14])
         with FlopCounterMode(display=False) as flops:
             potential(graph, stress=True)
         with Traffic() as traffic:
             potential(graph, stress=True)
         # Vectors and their gradient in float64, once; features of neighbours once in each layer
         # and direction, as wide as what a neighbour sends.
-        layers = hyperparameters.get("num_layers", 2)
-        sent = hyperparameters.get("message_channels")
-        width = (
-            sum((2 * l + 1) * S for l, S in enumerate(sent)) if sent else hyperparameters["hidden"]
-        )
-        compulsory = 2 * 24 * E + 2 * layers * 4 * width * E
+        compulsory = 2 * 24 * E + 2 * 4 * sent(potential.model.config) * E
         floor = flops.get_total_flops() / rates["Gflop/s"] + compulsory / rates["memory GB/s"]
         measured = seconds(lambda potential=potential: potential(graph, stress=True), 3.0)
         rows[name] = {

@@ -23,7 +23,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, make_supercell
 from ase.io import read, write
-from speed import python_of
+from speed import environment, python_of
 
 from mlip.allocator import tune_allocator
 from mlip.calculators import EqCalculator, relax, relax_many
@@ -90,18 +90,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "some.xyz"
         write(file, [members[k] for members in by_element.values() for k in (0, 1)])
-        environment = dict(
-            os.environ,
-            OMP_NUM_THREADS=str(a.threads),
-            TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1",
-            MALLOC_MMAP_THRESHOLD_="1073741824",
-            MALLOC_TRIM_THRESHOLD_="2147483647",
-            MALLOC_TOP_PAD_="67108864",
-        )
         command = [python_of(a.peer), "-W", "ignore", str(HERE / "relax_worker.py")]
         answer = subprocess.run(
             [*command, a.peer, str(file), "5", str(a.threads)],
-            capture_output=True, text=True, check=True, env=environment,
+            capture_output=True, text=True, check=True, env=environment(a.threads),
         )  # fmt: skip
     line = next(x for x in answer.stdout.splitlines() if x.startswith("RESULT "))
     result[a.peer] = json.loads(line.removeprefix("RESULT "))
