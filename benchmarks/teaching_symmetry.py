@@ -14,6 +14,7 @@ structures.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -112,9 +113,18 @@ def train(run: Path, system: str, column: str, seed: int, epochs: int) -> dict[s
             f"schedule.max_epochs={round(share * epochs)}", *COLUMNS[column], *options,
             log=folder / "output.log",
         )  # fmt: skip
-        end = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-        seconds, steps = seconds + end["seconds"], steps + end["step"]
+        count, quickest = cost(folder)
+        seconds, steps = seconds + count * quickest, steps + count
     return {**measure(folder / "last.safetensors", files[1]), "seconds": seconds, "steps": steps}
+
+
+def cost(run: Path) -> tuple[int, float]:
+    """Number of steps, and seconds of one in the quickest epoch: others may have had company."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    rates = [
+        (b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in itertools.pairwise(rows)
+    ]
+    return rows[-1]["step"], min(rates)
 
 
 def table(rows: list[dict]) -> str:
