@@ -1,5 +1,4 @@
-"""What EScAIP promises beyond the contract of all models: buckets, fused attention, direct
-forces."""
+"""What EScAIP promises beyond the contract of all models: buckets, fused attention, angles."""
 
 from __future__ import annotations
 
@@ -10,8 +9,6 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, fcc111, molecule
-from numpy.random import default_rng
-from scipy.spatial.transform import Rotation
 
 from mlip.data.graph import AtomicGraph
 from mlip.models import build
@@ -103,71 +100,3 @@ def test_soft_choice_ends_with_the_nearest() -> None:
     count = (chosen.fade[:, 1:] > 0).sum(dim=1)
     assert (count <= 8).all() and (count < (all_of_them.fade[:, 1:] > 0).sum(dim=1)).all()
     assert (chosen.fade[:, 0] == 1).all()
-
-
-DIRECT = pytest.mark.parametrize("angular", ["legendre", "vectors"])
-
-
-@DIRECT
-def test_direct_forces_neither_move_nor_turn(angular: str) -> None:
-    out = make(direct_forces=True, angular=angular)(graph(ETHANOL, SALT, WATER, Atoms("O")))
-    for atoms, F in zip((ETHANOL, SALT, WATER), out["forces"].split([9, 8, 3, 1]), strict=False):
-        assert F.abs().max() > 1e-3
-        assert F.sum(dim=0).abs().max() < 1e-12
-        if not atoms.pbc.any():
-            assert np.abs(np.cross(atoms.positions, F).sum(axis=0)).max() < 1e-12
-    assert not out["forces"][-1].any()
-
-
-@DIRECT
-def test_direct_forces_keep_the_other_symmetries(angular: str) -> None:
-    potential = make(direct_forces=True, angular=angular)
-    structures = [ETHANOL, SALT, SLAB]
-    batch = potential(graph(*structures), stress=True)
-    singles = [potential(graph(a), stress=True) for a in structures]
-    for key in ("energy", "forces", "stress"):
-        close(batch[key], torch.cat([s[key] for s in singles]), 1e-10)
-    order = default_rng(0).permutation(len(SALT))
-    close(potential(graph(SALT[order]))["forces"], singles[1]["forces"][order], 1e-10)
-    moved = SALT.copy()
-    moved.translate([3.0, -50.0, 8.0])
-    close(potential(graph(moved))["forces"], singles[1]["forces"], 1e-10)
-
-
-@DIRECT
-def test_direct_forces_turn_with_the_structure_where_promised(angular: str) -> None:
-    potential = make(direct_forces=True, angular=angular)
-    assert potential.model.exact_symmetry == (angular == "legendre")
-    for g in (graph(ETHANOL), graph(SALT)):
-        for sign in (1, -1):
-            R = sign * torch.from_numpy(Rotation.random(random_state=3).as_matrix())
-            error = potential(g.rotated(R))["forces"] - potential(g)["forces"] @ R.T
-            exact = error.abs().max() < 1e-10
-            assert exact == potential.model.exact_symmetry
-
-
-def test_direct_forces_are_smooth_through_the_cutoff() -> None:
-    potential, forces = make(direct_forces=True), []
-    for r in 4.0 + np.arange(-20, 21) * 1e-4:
-        atoms = molecule("H2O") + Atoms("C")
-        atoms.positions[-1] = atoms.positions[0] + [r / np.sqrt(2), 0, r / np.sqrt(2)]
-        forces.append(potential(graph(atoms))["forces"].numpy())
-    fine, coarse = (np.abs(np.diff(forces[::n], 2, axis=0)).max() for n in (1, 2))
-    assert fine < 1e-8 and fine < 0.3 * coarse
-
-
-def test_direct_forces_can_be_trained_and_give_stress() -> None:
-    potential, g = make(direct_forces=True).train(), graph(ETHANOL, SALT)
-    target = torch.randn(g.positions.shape, dtype=torch.float64, generator=torch.manual_seed(1))
-    optimizer = torch.optim.Adam(potential.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(20):
-        out = potential(g, stress=True)
-        loss = (out["forces"] - target).square().mean() + out["energy"].square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
-    assert out["stress"][0].isnan().all() and out["stress"][1].isfinite().all()
-    assert out["stress"][1].any()
