@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 FINE = 90  # rows of a drawn sphere
 COLOURS = ("#c8500a", "#1f6fb4", "#0b8a63", "#a3478f", "#9a7400", "#5a5f6b")  # those of the page
 DECADES = 6  # of a logarithmic colour scale, at most
-LOG_FROM = 30.0  # ratio of errors from which a scale is logarithmic
+ROUND_OFF = 0.05  # meV; a linear scale that ended below would make patterns of round-off
 FLOOR = 1e-12  # where a deviation of zero is drawn
 WORDS = {"energy": "energy", "forces": "force"}
 TITLES = {
@@ -42,6 +42,7 @@ def sphere_figure(
     orbit: str = "rotations",
     sample: int | None = None,
     reference: str = "consensus",
+    log: bool = False,
 ) -> None:
     """Whole-sphere maps (Mollweide), one row for each quantity and one column for each model.
 
@@ -51,6 +52,8 @@ def sphere_figure(
     orbit : "rotations" or "reflections"
     sample : one sample; by default the root mean square over all
     reference : "consensus" or "label", as of ``OrbitErrors.errors``
+    log : logarithmic colours, which show the round-off of an exact model beside the errors of
+        another; linear ones from zero show where on the sphere a model errs
     """
     chosen = next(o for o in nero.orbits if o.name == orbit)
     figure = _figure(3.1 * len(nero.models) + 0.6, 2.1 * len(QUANTITIES))
@@ -60,7 +63,7 @@ def sphere_figure(
             name: sphere_map(chosen, _values(results[orbit], quantity, sample, reference))
             for name, results in nero.models.items()
         }
-        norm = _norm(np.stack(list(maps.values())))
+        norm = _norm(np.stack(list(maps.values())), log)
         axes = []
         for column, (name, values) in enumerate(maps.items()):
             axis: Any = figure.add_subplot(grid[row, column], projection="mollweide")
@@ -149,14 +152,16 @@ def _values(result: OrbitErrors, quantity: str, sample: int | None, reference: s
     return aggregate(errors) if sample is None else errors[sample]
 
 
-def _norm(values: np.ndarray) -> Any:
+def _norm(values: np.ndarray, log: bool) -> Any:
     from matplotlib.colors import LogNorm, Normalize
 
-    high = max(float(np.nanmax(values)), 1e-12)
-    low = float(np.nanmin(values))
-    if high > LOG_FROM * max(low, 0.0):
-        return LogNorm(max(low, high * 10.0**-DECADES), high, clip=True)
-    return Normalize(0.0, high)
+    high = float(np.nanmax(values))
+    if not log:
+        return Normalize(0.0, max(high, ROUND_OFF))
+    high = max(high, FLOOR)
+    return LogNorm(
+        max(min(float(np.nanmin(values)), high / 3), high * 10.0**-DECADES), high, clip=True
+    )
 
 
 def _figure(width: float, height: float) -> Figure:

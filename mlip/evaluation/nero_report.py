@@ -51,7 +51,9 @@ def nero_report(
     if dtype not in ("", "float32", "float64"):
         raise ValueError(f"dtype must be float32 or float64, got '{dtype}'")
     if names and len(names) != len(models):
-        raise ValueError(f"{len(names)} names for {len(models)} models")
+        raise ValueError(
+            f"names: {len(names)} for {len(models)} models; name each once, in their order, or none"
+        )
     paths = [find(model) for model in models]
     called = list(names) or display_names(paths)
     if len(set(called)) < len(called):

@@ -23,6 +23,7 @@ from ase.geometry import minkowski_reduce
 from torch import Tensor
 
 from mlip.data.graph import AtomicGraph
+from mlip.evaluation.primitive_cell import primitive
 from mlip.nn.rotations import Rotations
 
 # Of translations.  A direction without a symmetry of its own: along an axis, errors may vanish by
@@ -243,6 +244,7 @@ CELLS: dict[str, tuple[np.ndarray, float]] = {
     "a + 2c": (np.array([[1, 0, 2], [0, 1, 0], [0, 0, 1]]), 0.0),
     "left-handed": (SWAP, 0.0),
     "compact": (np.zeros((3, 3), dtype=int), 0.0),  # M depends on the cell
+    "primitive": (np.zeros((3, 3), dtype=int), 0.0),  # on the atoms, too; where it is smaller
     "2 x 1 x 1": (np.diag([2, 1, 1]), 0.0),
     "1 x 2 x 1": (np.diag([1, 2, 1]), 0.0),
     "1 x 1 x 2": (np.diag([1, 1, 2]), 0.0),
@@ -271,6 +273,10 @@ class Cells:
     def images(self, graph: AtomicGraph, cutoff: float) -> Iterator[Image | None]:
         pbc = graph.pbc[0].numpy()
         for name, (M, shift) in CELLS.items():
+            if name == "primitive":
+                smaller = primitive(graph, cutoff)
+                yield None if smaller is None else Image(*smaller)
+                continue
             if name == "compact":
                 M = np.eye(3, dtype=int)
                 if pbc.sum() > 1:

@@ -95,7 +95,9 @@ class SymmetryReport:
     def line(self) -> str:
         """``E 0.21 meV/atom  F 3.5 meV/Å``: root mean squares, to two digits."""
         return "  ".join(
-            f"{SYMBOLS[q]} {1000 * e.rms:.2g} {UNITS[q]}" for q, e in self.errors.items()
+            # Rounded before it is written: 140, not 1.4e+02.
+            f"{SYMBOLS[q]} {float(f'{1000 * e.rms:.2g}'):g} {UNITS[q]}"
+            for q, e in self.errors.items()
         )
 
     def text(self) -> str:

@@ -37,7 +37,7 @@ from mlip.evaluation.nero import (
 from mlip.evaluation.nero_file import read_nero, write_nero
 from mlip.evaluation.nero_page import embedded_json, page, page_data
 from mlip.evaluation.nero_plots import FINE, curve_figure, interpolated, sphere_figure, sphere_map
-from mlip.evaluation.nero_report import display_names, write_report
+from mlip.evaluation.nero_report import display_names, nero_report, write_report
 from mlip.evaluation.orbits import CELLS, TiltAndSpin, orbits
 from mlip.models import build
 from mlip.potential import Potential
@@ -83,10 +83,13 @@ def structures() -> dict[str, Atoms]:
     for k, atoms in enumerate(found.values()):
         atoms.rattle(0.08, seed=k)
     found["one atom"] = bulk("Cu")
+    found["supercell"] = found["primitive"] * (2, 1, 1)
     return found
 
 
-@pytest.mark.parametrize("kind", ["molecule", "crystal", "primitive", "slab", "one atom"])
+@pytest.mark.parametrize(
+    "kind", ["molecule", "crystal", "primitive", "slab", "one atom", "supercell"]
+)
 def test_exact_symmetry_is_constant_on_every_orbit(potential: Potential, kind: str) -> None:
     s = sample(structures()[kind])
     for orbit in orbits(grid=3):
@@ -101,7 +104,8 @@ def test_exact_symmetry_is_constant_on_every_orbit(potential: Potential, kind: s
     cells = predictions(potential, s, orbits(["cells"])[0])[0]
     known = {name for name, e in zip(CELLS, cells, strict=True) if not np.isnan(e)}
     lacking = {"molecule": set(CELLS), "slab": {"c - b", "a + 2c", "1 x 1 x 2"}}
-    assert known == set(CELLS) - lacking.get(kind, set())
+    smaller = set() if kind == "supercell" else {"primitive"}
+    assert known == set(CELLS) - lacking.get(kind, set()) - smaller
 
 
 def test_rotations_integrate_as_the_group_does() -> None:
@@ -342,6 +346,8 @@ def test_page_draws_itself_in_a_browser(mixed: Nero, tmp_path: Path) -> None:
 
 def test_figures_for_papers(mixed: Nero, tmp_path: Path) -> None:
     sphere_figure(mixed, tmp_path / "a.png", sample=1)
+    sphere_figure(mixed, tmp_path / "l.png", sample=1, log=True)
+    assert (tmp_path / "l.png").read_bytes() != (tmp_path / "a.png").read_bytes()
     sphere_figure(mixed, tmp_path / "b.pdf", "reflections")
     curve_figure(mixed, tmp_path / "c.pdf")
     for name, start in (("a.png", b"\x89PNG"), ("b.pdf", b"%PDF"), ("c.pdf", b"%PDF")):
@@ -366,6 +372,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         read_samples(tmp_path / "one.xyz", 3)
     with pytest.raises(ValueError, match="at least 1"):
         read_samples(tmp_path / "one.xyz", 0)
+    with pytest.raises(ValueError, match="names: 1 for 2 models; name each once"):
+        nero_report(["a", "b"], tmp_path / "one.xyz", tmp_path / "out", names=["a"])
 
 
 def test_models_of_the_same_name_are_told_apart() -> None:

@@ -15,9 +15,12 @@ from numpy.random import default_rng
 from mlip.data.dataset import HDF5Dataset
 from mlip.data.graph import AtomicGraph
 from mlip.data.hdf5 import HDF5Writer
-from mlip.evaluation.cell_choices import cell_choices, primitive
+from mlip.evaluation.cell_choices import cell_choices
 from mlip.evaluation.evaluate import evaluate_file
+from mlip.evaluation.primitive_cell import primitive
 from mlip.evaluation.symmetry import (
+    SymmetryError,
+    SymmetryReport,
     decompose,
     sampled_symmetry_errors,
     spectrum,
@@ -110,6 +113,11 @@ def test_reports_are_those_of_single_copies(lopsided: Make, data: Path) -> None:
         assert error.mse == pytest.approx(np.mean(mse[q]), rel=1e-9)
         assert error.share == pytest.approx(np.sum(labelled[q]) / np.sum(mse[q]), rel=1e-9)
         assert error.rms > 1e-4
+
+
+def test_errors_are_written_without_powers_of_ten() -> None:
+    errors = {"energy": SymmetryError(8.1e-5, 0, 0, 0), "forces": SymmetryError(0.144, 0, 0, 0)}
+    assert SymmetryReport(errors, 1, "").line() == "E 0.081 meV/atom  F 140 meV/Å"
 
 
 def test_random_copies_are_unbiased(lopsided: Make, data: Path) -> None:
