@@ -296,7 +296,10 @@ class EqCalculator(Calculator):
     def get_descriptors(
         self, atoms: Atoms | None = None, invariants_only: bool = True, num_layers: int = -1
     ) -> Any:
-        """Invariant features of the atoms (N, C) of the last layer; a list for a committee."""
+        """Invariant features of the atoms (N, C) of the last layer; a list for a committee.
+
+        Of features that are vectors and tensors (``latent_irreps`` of a model) the squared lengths.
+        """
         if not invariants_only or num_layers != -1:
             raise ValueError(
                 "descriptors are the invariant features of the last layer; leave the options out"
@@ -308,7 +311,10 @@ class EqCalculator(Calculator):
                 outputs = [output for output, _ in self._call(graphs, stress=False)]
         if any("features" not in output for output in outputs):
             raise PropertyNotImplementedError("this model has no descriptors")
-        features = [output["features"].cpu().numpy() for output in outputs]
+        features = [
+            potential.invariants(output["features"]).cpu().numpy()
+            for potential, output in zip(self.potentials, outputs, strict=True)
+        ]
         return features[0] if len(features) == 1 else features
 
     def get_hessian(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mlip.data.graph import AtomicGraph, EnergyModel, NodeOutput
+from mlip.nn.irreps import invariant_lengths
 
 
 class Potential(nn.Module):
@@ -77,6 +78,15 @@ class Potential(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the model's parameters, in which it computes."""
         return next(self.model.parameters()).dtype
+
+    def invariants(self, features: Tensor) -> Tensor:
+        """What rotations leave as it is, or would if the model had learned them, of ``features``
+        (N, C): of vectors and tensors the squared lengths.
+
+        A model whose features hold such says so by ``latent_irreps``.
+        """
+        irreps = getattr(self.model, "latent_irreps", None)
+        return features if irreps is None else invariant_lengths(features, irreps)
 
     def with_model(self, model: Any) -> Potential:
         """Potential of another energy model with everything else of this one, in its mode."""

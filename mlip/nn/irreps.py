@@ -42,6 +42,18 @@ def rotate_irreps(x: Tensor, multiplicities: Sequence[int], R: Tensor) -> Tensor
     return torch.cat(parts, dim=-1)
 
 
+def invariant_lengths(x: Tensor, multiplicities: Sequence[int]) -> Tensor:
+    """(N, C) of the same kind -> (N, sum of ``multiplicities``): scalars as they are, of all other
+    channels the squared length, which no rotation changes."""
+    sizes = [n * (2 * l + 1) for l, n in enumerate(multiplicities)]
+    scalars, *others = x.split(sizes, dim=-1)
+    lengths = [
+        part.unflatten(-1, (n, 2 * l + 1)).square().sum(-1)
+        for (l, n), part in zip(list(enumerate(multiplicities))[1:], others, strict=True)
+    ]
+    return torch.cat([scalars, *lengths], dim=-1)
+
+
 class Block(NamedTuple):
     """Channels of one irrep, or of one product of irreps, within a feature vector."""
 

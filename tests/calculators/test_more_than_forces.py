@@ -12,7 +12,10 @@ from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 
 from mlip.calculators import EqCalculator
+from mlip.models import build
 from mlip.potential import Potential
+from mlip.training.soft_equivariance import project
+from tests.conftest import without_zeros
 
 
 def silicon() -> Atoms:
@@ -67,6 +70,23 @@ def test_descriptors_are_invariant(potential) -> None:
     np.testing.assert_allclose(calc.get_descriptors(atoms), before, atol=1e-10)
     order = np.random.default_rng(0).permutation(8)
     np.testing.assert_allclose(calc.get_descriptors(atoms[order]), before[order], atol=1e-10)
+
+
+def test_descriptors_of_latents_with_directions_are_invariant() -> None:
+    """TransIP's latents hold vectors and tensors; with projected weights they turn exactly."""
+    torch.manual_seed(0)
+    model = build(
+        "transip", cutoff=4.0, hidden=20, num_layers=1, num_heads=2, head_width=4,
+        edge_functions=9, latent=(2, 1), tokens="irreps",
+    )  # fmt: skip
+    without_zeros(model, 0.3)
+    potential = Potential(model, torch.zeros(119)).double()
+    project(potential)
+    calc, atoms = EqCalculator(potential), molecule("CH3CH2OH")
+    before = calc.get_descriptors(atoms)
+    assert before.shape == (9, 12) and np.ptp(before[:, 9:], axis=0).min() > 1e-4
+    atoms.rotate(33, (1, 2, 3))
+    np.testing.assert_allclose(calc.get_descriptors(atoms), before, atol=1e-10)
 
 
 def committee(potential: Potential) -> list[Potential]:
