@@ -19,20 +19,26 @@ def averaged(
 ) -> list[Potential]:
     """The potentials with the mean over rotations of their models; as they are if None.
 
-    Warns of a group under which a model is exactly invariant by construction (``exact_groups``).
+    Warns of models that are exactly invariant by construction, under all rotations
+    (``exact_symmetry``) or under this group (``exact_groups``).
     """
     if rotations is None:
         return list(potentials)
     wrapped = [p.with_model(RotationAveraging(p.model, rotations)) for p in potentials]
     for potential in wrapped:
-        rule = potential.model.rotations
-        if rule.name in getattr(potential.model.model, "exact_groups", ()):
-            warnings.warn(
-                f"symmetrize: the model is exactly invariant under the {rule.name} group by "
-                f"construction; {len(rule)} copies give what one gives. Leave symmetrize out, or "
-                "take another rule, such as 'lebedev-11'",
-                stacklevel=3,
-            )
+        rule, model = potential.model.rotations, potential.model.model
+        if getattr(model, "exact_symmetry", False):
+            under, remedy = "all rotations", "Leave symmetrize out"
+        elif rule.name in getattr(model, "exact_groups", ()):
+            under = f"the {rule.name} group"
+            remedy = "Leave symmetrize out, or take another rule, such as 'lebedev-11'"
+        else:
+            continue
+        warnings.warn(
+            f"symmetrize: the model is exactly invariant under {under} by construction; "
+            f"{len(rule)} copies give what one gives. {remedy}",
+            stacklevel=3,
+        )
     return wrapped
 
 

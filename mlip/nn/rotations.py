@@ -96,7 +96,7 @@ def rotations(name: str, mirrors: bool = False) -> Rotations:
         made = _lebedev(degree) if kind == "lebedev" else _gauss(degree)
         R, weights = (torch.from_numpy(x) for x in made)
     else:
-        raise ValueError(f"unknown rotations '{name}'; there are {', '.join(RULES)}")
+        raise ValueError(f"unknown rotations '{name}'; known are {', '.join(RULES)}")
     if mirrors:
         R, weights = torch.cat([R, -R]), torch.cat([weights, weights]) / 2
     return Rotations(name, R, weights, degree, mirrors)

@@ -54,6 +54,11 @@ class RotationAveraging(nn.Module):
             if plus and more != "mirrors":
                 raise ValueError(f"rotations '{options}': after the + there can be only 'mirrors'")
             options = RotationAveragingConfig(rotations=name, mirrors=bool(plus))
+        if not isinstance(options, RotationAveragingConfig):
+            raise TypeError(
+                f"rotations have names, such as 'octahedral' for 24 or 'icosahedral' for 60; "
+                f"{options!r} is none"
+            )
         self.model = model
         self.options = options
         self.matrices = Constant(self.rotations.matrices)

@@ -19,6 +19,7 @@ def structures() -> list[Atoms]:
     return [crystal, cluster, Atoms("Cu"), slab, bulk("Cu")]
 
 
+@pytest.mark.filterwarnings("ignore:symmetrize")  # of an exact model
 @pytest.mark.parametrize("options", [{}, {"symmetrize": "tetrahedral"}])
 @pytest.mark.parametrize("max_atoms", [1, 7, 1000])
 def test_as_one_by_one(toy, options: dict, max_atoms: int) -> None:

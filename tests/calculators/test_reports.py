@@ -66,6 +66,7 @@ def test_md_restart_and_no_loss_of_earlier_files(files) -> None:
     assert code == 0 and len(read("md.xyz")) == 16
 
 
+@pytest.mark.filterwarnings("ignore:symmetrize")  # of an exact model
 def test_averages_over_rotations(files) -> None:
     many = ("-m", "m.safetensors", "--symmetrize", "tetrahedral")
     code, text = run("relax", "si.xyz", *many, "--cell", "--out", "r.xyz")

@@ -106,7 +106,7 @@ def test_random_rotations_are_uniform() -> None:
 @pytest.mark.parametrize(
     ("name", "answer"),
     [
-        ("cubic", "there are none, tetrahedral"),
+        ("cubic", "known are none, tetrahedral"),
         ("lebedev-", "unknown"),
         ("lebedev-4", "gauss-4"),
         ("lebedev-13", "negative weights"),

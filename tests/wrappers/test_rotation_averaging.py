@@ -206,6 +206,8 @@ def test_options_are_checked(lopsided: Make) -> None:
         RotationAveraging(model, "octahedral+shifts")
     with pytest.raises(ValueError, match="unknown rotations"):
         RotationAveraging(model, "cubic")
+    with pytest.raises(TypeError, match="'octahedral' for 24 or"):
+        RotationAveraging(model, 24)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown wrapper"):
         wrap(model, "averaging")
     with pytest.raises(ValueError, match="training mode"):
