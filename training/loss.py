@@ -154,6 +154,15 @@ class Objective:
         acts = [getattr(term, "after_step", None) for term in self.modules.values()]
         return any([act(potential) for act in acts if act is not None])
 
+    def numbers(self) -> dict[str, float]:
+        """What terms say of their state, for the log: ``{"constraint_dual": 3.1}``."""
+        found: dict[str, float] = {}
+        for name, term in self.modules.items():
+            tell = getattr(term, "numbers", None)
+            if tell is not None:
+                found |= {f"{name}_{key}": value for key, value in tell().items()}
+        return found
+
     @property
     def acts_on_weights(self) -> bool:
         """Whether ``after_step`` does anything."""

@@ -104,6 +104,16 @@ class ProjectionTerm(nn.Module):
         # Weights are the same in all processes, whose shares are summed.
         return (self.strengths * terms).sum() * c.anneal**self.progress / world_size()
 
+    def numbers(self) -> dict[str, float]:
+        """For the log: which symmetries the data break is told by the violations."""
+        violations = {
+            f"{g}_violation": float(v) for g, v in zip(self.groups, self.means, strict=True)
+        }
+        strengths = {
+            f"{g}_strength": float(x) for g, x in zip(self.groups, self.strengths, strict=True)
+        }
+        return violations | strengths
+
     def after_step(self, potential: Any) -> bool:
         """Exactly equivariant weights from ``project_from`` on; True when it begins."""
         start = self.config.project_from

@@ -227,6 +227,10 @@ class ConstraintTerm(nn.Module):
             self.dual.mul_(factor).clamp_(*c.bounds)
         return loss
 
+    def numbers(self) -> dict[str, float]:
+        """For the log."""
+        return {"dual": float(self.dual)}
+
     def _slots(self, num: int) -> Tensor:
         """(num,) chains of this process's structures; each process has its own ones."""
         own = SLOTS // world_size() or 1

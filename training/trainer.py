@@ -290,7 +290,7 @@ class Trainer:
         loss = float(distributed.all_sum(self.loss_sum)) / max(1, self.loss_steps)
         totals = ErrorSums(device=self.device)
         totals.sums = distributed.all_sum(self.sums.sums)
-        row |= {"train_loss": loss, **flat(totals.total(), "train_")}
+        row |= {"train_loss": loss, **flat(totals.total(), "train_"), **self.objective.numbers()}
         if self.log is not None:
             self.log.write(row)
         text = f"epoch {self.epoch + 1:4d}  loss {loss:.4g}  train {line(totals.total())}"
