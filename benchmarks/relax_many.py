@@ -89,7 +89,7 @@ def main() -> None:
     result["largest_energy_difference_meV_per_atom"] = 1e3 * max(difference)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "some.xyz"
-        write(file, [members[k] for members in by_element.values() for k in (0, 1)])
+        write(file, [frame for members in by_element.values() for frame in members[:2]])
         command = [python_of(a.peer), "-W", "ignore", str(HERE / "relax_worker.py")]
         answer = subprocess.run(
             [*command, a.peer, str(file), "5", str(a.threads)],
