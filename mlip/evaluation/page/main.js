@@ -251,7 +251,7 @@ function numbers(box, m, values, grid) {
   box.replaceChildren();
   const cell = (value, text) => {
     const item = make("div");
-    item.append(make("b", value), make("span", text));
+    item.append(make("b", value), make("span", text.replace("/", "/\u2060"))); // no line ends in a unit
     box.append(item);
   };
   cell(format(spread), `symmetry error, ${unit()}`);
