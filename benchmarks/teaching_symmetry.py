@@ -36,7 +36,7 @@ COLUMNS: dict[str, list[str]] = {
     "two views": [*AUGMENTED, "data.views=2"],
     "pooled latent": [*AUGMENTED, "symmetry.pooled={weight: 10}"],
     "atomic latents": [*AUGMENTED, "symmetry.latent={weight: 1}"],
-    "variance": [*AUGMENTED, "symmetry.variance={energy: 100, forces: 100, views: 2}"],
+    "variance": [*AUGMENTED, "symmetry.variance={energy: 1000, forces: 1000, views: 2}"],
     "dual": [*AUGMENTED, "symmetry.constraint={epsilon: 0.005}"],
     "direct forces first": AUGMENTED,
     # Weights that can be projected are those between irreps: another form of the backbone.
