@@ -37,8 +37,8 @@ class PooledLatentConfig(Config):
 class VarianceConfig(Config):
     """Variance of the outputs over rotations, unbiased."""
 
-    energy: float = Field(100.0, ge=0, description="weight of the variance in (eV/atom)^2")
-    forces: float = Field(100.0, ge=0, description="weight of that in (eV/angstrom)^2")
+    energy: float = Field(1000.0, ge=0, description="weight of the variance in (eV/atom)^2")
+    forces: float = Field(1000.0, ge=0, description="weight of that in (eV/angstrom)^2")
     views: int = Field(2, ge=2, le=64, description="views it is estimated from")
 
     @model_validator(mode="after")
