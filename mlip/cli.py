@@ -347,10 +347,20 @@ def evaluate(
     Examples:
       mlip eval runs/si/best.safetensors test.h5
       mlip eval silicon test.h5 --out report
+      mlip eval runs/learned/best.safetensors test.h5 --symmetrize octahedral
     """
+    from mlip.calculators.rotation_spread import averaged
     from mlip.evaluation.evaluate import evaluate_files
 
-    reports = evaluate_files(model, data, out, batch_size=batch_size, device=device, dtype=dtype)
+    reports = evaluate_files(
+        model,
+        data,
+        out,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        wrap=lambda potential: averaged([potential], symmetrize)[0],
+    )
     typer.echo("\n\n".join(report.text() for report in reports))
 
 

@@ -274,10 +274,11 @@ def evaluate_files(
     batch_size: int = 16,
     device: str = "auto",
     dtype: str = "",
+    wrap: Callable[[Potential], Potential] | None = None,
 ) -> list[Report]:
     """``evaluate_file`` for several files, with a model given by its file or name.
 
-    With several files each has its subfolder of ``out``.
+    With several files each has its subfolder of ``out``; ``wrap`` changes the model before.
     """
     from mlip.checkpoint import load
     from mlip.pretrained import find
@@ -289,6 +290,7 @@ def evaluate_files(
     potential = load(
         find(model), device=_device(device), dtype=getattr(torch, dtype) if dtype else None
     )
+    potential = potential if wrap is None else wrap(potential)
     folders = [None if out is None else Path(out) for _ in data]
     if len(data) > 1:
         stems = [Path(path).stem for path in data]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import ase.io
@@ -11,8 +12,10 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.data import chemical_symbols
+from typer.testing import CliRunner
 
 from mlip import checkpoint
+from mlip.cli import app
 from mlip.data.dataset import HDF5Dataset
 from mlip.data.graph import AtomicGraph
 from mlip.data.hdf5 import HDF5Writer
@@ -21,6 +24,7 @@ from mlip.evaluation.metrics import ErrorSums, line, table
 from mlip.evaluation.plots import learning_curve, parity_plot
 from mlip.models import build
 from mlip.potential import Potential
+from tests.conftest import without_zeros
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +177,23 @@ def test_predictions_are_readable_and_right(model: Path, data: Path, tmp_path: P
             errors.append(abs(atoms.info["MLIP_energy"] - atoms.info["REF_energy"]) / len(atoms))
     assert report.total["energy"]["mae"] == pytest.approx(np.mean(errors), abs=1e-7)
     assert "crystal" in report.text()
+
+
+def test_a_learned_symmetry_is_averaged_where_asked_for(data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = build("environment", cutoff=4.0, hidden=16, edge_hidden=8, num_heads=2, num_basis=4)
+    without_zeros(net, 0.3)
+    checkpoint.save(Potential(net, torch.zeros(119).double()).double(), tmp_path / "m.safetensors")
+    command = ["eval", str(tmp_path / "m.safetensors"), str(data)]
+    plain, mean = (
+        CliRunner().invoke(app, [*command, *more], catch_exceptions=False).output
+        for more in ([], ["--symmetrize", "octahedral"])
+    )
+    before, after = (
+        float(re.search(r"symmetry error .* E (\S+) meV/atom", text)[1])  # type: ignore[index]
+        for text in (plain, mean)
+    )
+    assert after < before / 10
 
 
 def test_evaluation_without_a_folder_writes_nothing(
