@@ -152,7 +152,8 @@ class Worker:
             answer = self.answer()
         except BrokenPipeError:
             answer = None
-        return answer or {"left_out": "its process was killed, for memory as a rule"}
+        killed = {"left_out": "its process was killed, for memory as a rule", "too_large": True}
+        return answer or killed
 
     def end(self) -> None:
         self.process.kill()
@@ -224,8 +225,9 @@ class Speed:
             if reason := self.too_large(model, setting, work):
                 done[model] = {"left_out": reason, "too_large": True}
         models = [m for m in missing if m not in done]
-        if models and self.a.reference not in missing:
-            models.append(self.a.reference)
+        reference = self.a.reference
+        if models and reference not in missing and not self.too_large(reference, setting, work):
+            models.append(reference)
         workers = self.workers.of(setting, models)
         answers: dict[str, list[Row]] = {m: [] for m in models}
         begin = time.monotonic()
@@ -243,13 +245,13 @@ class Speed:
         for model in models:
             if model not in done:
                 done[model] = summary(answers[model])
-        reference = done.get(self.a.reference, {}).get("ms")
+        reference_ms = done.get(reference, {}).get("ms")
         for model in missing:
             row = {"model": model, **work, **setting._asdict(), "cpu": self.cpu, **done[model]}
             if model in workers:
                 row["versions"] = workers[model].versions
-            if "ms" in row and reference:
-                row["reference"], row["reference_ms"] = self.a.reference, reference
+            if "ms" in row and reference_ms:
+                row |= {"reference": reference, "reference_ms": reference_ms}
             self.results.add(row)
 
 

@@ -17,13 +17,6 @@ NAMES = {
 }  # fmt: skip
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#785ef0", "#000000")
 MARKERS = "osD^vPX*<>"
-# The first that there is makes the page; the others have a table.
-SETTINGS = [
-    {"dtype": d, "threads": t, "allocator": a}
-    for d in ("float32", "float64")
-    for t in (2, 1)
-    for a in ("tuned", "default")
-]
 NOTHING = "Not recorded yet."
 Cell = Callable[[Row], str]
 
@@ -60,7 +53,13 @@ class Results:
         models = dict.fromkeys(row["model"] for row in rows)
         self.models = sorted(models, key=lambda m: m in NAMES)
         self.reference = next((r["reference"] for r in rows if "reference" in r), "")
-        self.main = next(s for s in SETTINGS if self.one(**s))
+        # The first makes the page; the others have a table.
+        found = {(row["dtype"], -row["threads"], row["allocator"] != "tuned") for row in rows}
+        self.settings = [
+            {"dtype": dtype, "threads": -less, "allocator": "default" if untuned else "tuned"}
+            for dtype, less, untuned in sorted(found)
+        ]
+        self.main = self.settings[0]
 
     def one(self, **key: Any) -> Row:
         return next((row for row in self.rows if key.items() <= row.items()), {})
@@ -98,7 +97,9 @@ class Results:
             (f"{s} by {b}: {unit}", {"training": s, "batch": b, **self.main})
             for s, b, unit in TRAININGS
         ]
-        settings = [(" ".join(map(str, s.values())), {"system": "Si216", **s}) for s in SETTINGS]
+        settings = [
+            (" ".join(map(str, s.values())), {"system": "Si216", **s}) for s in self.settings
+        ]
         main, than = "{dtype}, threads: {threads}, allocator {allocator}", label(self.reference)
         main = main.format(**self.main)
 
@@ -145,7 +146,7 @@ class Results:
     def busy(self) -> str:
         """A warning if other programs had part of the machine."""
         shares = [r["processors"] for r in self.rows if r["threads"] == 1 and "processors" in r]
-        shares = shares or [r["processors"] / 2 for r in self.rows if "processors" in r]
+        shares = shares or [r["processors"] / r["threads"] for r in self.rows if "processors" in r]
         share = sum(shares) / max(len(shares), 1)
         if share > 0.85:
             return ""
