@@ -64,7 +64,9 @@ class EScAIPConfig(Config):
         "vectors as inputs, symmetry only learned",
     )
     angular_channels: tuple[int, ...] = Field(
-        (8, 2, 2, 1), description="legendre: channels of degree 0, 1, ... of a head's queries"
+        (8, 2, 2, 1),
+        description="legendre: channels of degree 0, 1, ... of a head's queries; densities have "
+        "these degrees, with vectors, too",
     )
     graph: Literal["envelope", "soft_knn"] = Field(
         "envelope",
@@ -72,7 +74,7 @@ class EScAIPConfig(Config):
         "of the nearest",
     )
     max_neighbors: int = Field(30, ge=1, description="soft_knn: how many are chosen, softly")
-    density_channels: int = Field(32, ge=1, le=512, description="channels of the density")
+    density_channels: int = Field(32, ge=1, le=512, description="channels of the densities")
     num_basis: int = Field(8, ge=2, le=64, description="B, Bessel functions")
     stretch: float = Field(
         2.0, ge=0, le=10, description="Bessel functions are 1 + this times finer at short distances"
@@ -305,7 +307,10 @@ class AngularChannels(nn.Module):
 
 
 class Density(nn.Module):
-    """Sums over neighbours with harmonics, and their invariants."""
+    """Sums over neighbours with harmonics, and their invariants.
+
+    The atom itself, which has no direction, adds to degree 0.
+    """
 
     degree: Tensor  # (LM,)
 

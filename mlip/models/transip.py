@@ -44,7 +44,7 @@ from mlip.config import Config
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.nn.attention import log_envelope
 from mlip.nn.constant import Constant
-from mlip.nn.irreps import Block, IrrepsLinear, blocks_of
+from mlip.nn.irreps import Block, IrrepsLinear, blocks_of, invariant_lengths
 from mlip.nn.neighborhoods import gather_neighborhoods
 from mlip.nn.radial import bessel
 from mlip.nn.rigid_motion import without_rigid_motion
@@ -155,10 +155,7 @@ class TransIP(nn.Module):
         for number, block in enumerate(self.blocks):
             h = block(h if share is None or number == 0 else share(h, nodes), edges)
         h = self.norm(h)
-        scalars, vectors, tensors = self.sectors(h)
-        invariants = torch.cat(
-            [scalars, vectors.square().sum(-1), tensors.square().sum(-1)], dim=-1
-        )
+        invariants = invariant_lengths(h, self.latent_irreps)
         # An atom without neighbours has energy zero; squared, so that the last one leaves gently.
         count = edges.log_fade[:, 1:].exp().sum(dim=1).square()  # (N,)
         alone = count / (1 + count)
@@ -167,7 +164,7 @@ class TransIP(nn.Module):
         if self.forces is not None:
             weights = self.forces(invariants) * alone[:, None]
             forces = without_rigid_motion(
-                (weights[:, None] @ vectors)[:, 0],
+                (weights[:, None] @ self.sectors(h)[1])[:, 0],
                 graph.positions,
                 graph.batch,
                 free=~graph.pbc.any(dim=1),

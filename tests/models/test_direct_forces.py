@@ -87,6 +87,7 @@ def test_direct_forces_keep_the_other_symmetries(variant: str) -> None:
 
 def test_direct_forces_turn_with_the_structure_where_promised(variant: str) -> None:
     potential = make(variant)
+    assert potential.model.exact_symmetry == (variant == "escaip")  # projected: of the weights
     for g in (graph(ETHANOL), graph(SALT)):
         for sign in (1, -1):
             R = sign * torch.from_numpy(Rotation.random(random_state=3).as_matrix())
