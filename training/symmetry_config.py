@@ -106,7 +106,7 @@ class SymmetryConfig(Config):
         None, description="mean latent with a learned action, as in TransIP: {weight: 10}"
     )
     variance: VarianceConfig | None = Field(
-        None, description="variance of energy and forces: {energy: 100, forces: 100, views: 2}"
+        None, description="variance of energy and forces: {energy: 1000, forces: 1000, views: 2}"
     )
     projection: ProjectionConfig | None = Field(
         None, description="soft equivariance of weights (PER): {groups: {O3: 0.01}}"
