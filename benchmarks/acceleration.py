@@ -2,10 +2,12 @@
 
     python benchmarks/acceleration.py mace:small mace:medium --ways splines
     python benchmarks/acceleration.py facet:small --ways compile
+    python benchmarks/acceleration.py facet:small --ways program
 
 Energy, forces and stress in one thread; processor time, medians over rounds, with the time to load
 (conversion, compilation, check), after how many steps that has paid for itself, and the error
-against the plain model in float64 beside that of the plain model in the same precision.
+against the plain model in float64 beside that of the plain model in the same precision.  A program
+file is written first; that is told apart from loading.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import os
 import statistics
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from speed import cpu_name
@@ -27,6 +30,7 @@ from mlip.backends import accelerated
 from mlip.data.graph import AtomicGraph
 from mlip.models import build
 from mlip.potential import Potential
+from mlip.programfile import ProgramFile, write_program
 from mlip.training.sizes import SIZES
 
 ELEMENTS = (1, 6, 7, 8, 14)
@@ -73,11 +77,21 @@ def main() -> None:
     result = json.loads(a.out.read_text()) if a.out.exists() else {}
     for name in a.models:
         plain = random_potential(name, getattr(torch, a.dtype))
-        begin = processor_seconds()
-        fast = accelerated(plain, a.ways)
-        load = processor_seconds() - begin
+        row: dict[str, object] = {"cpu": cpu_name()}
+        with TemporaryDirectory() as folder:
+            ways = a.ways
+            if ways == ["program"]:
+                path = Path(folder) / "model.pt2"
+                begin = processor_seconds()
+                write_program(plain, path)
+                row["write_seconds"] = round(processor_seconds() - begin, 2)
+                row["megabytes"] = round(path.stat().st_size / 1e6, 2)
+                ways = ProgramFile(path)
+            begin = processor_seconds()
+            fast = accelerated(plain, ways)
+            load = processor_seconds() - begin
         exact = copy.deepcopy(plain).double()
-        row: dict[str, object] = {"cpu": cpu_name(), "load_seconds": round(load, 2)}
+        row["load_seconds"] = round(load, 2)
         for label in a.systems:
             atoms = system(label)
             atoms.rattle(0.05, seed=0)

@@ -20,6 +20,7 @@ variance X_var and the members' values X_comm.
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -31,7 +32,6 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.outputs import Properties, all_outputs
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from mlip.backends import requested
 from mlip.calculators.chunks import BoundedPotential
 from mlip.calculators.foreign_options import MODEL_ALIASES, refuse_unknown, take_alias
 from mlip.calculators.hessian import hessian
@@ -42,6 +42,7 @@ from mlip.calculators.model_sources import (
     own_potentials,
     parse_device,
     parse_dtype,
+    quickened,
 )
 from mlip.calculators.neighbor_cache import NeighborCache
 from mlip.calculators.rotation_spread import averaged, has_spread, with_spread
@@ -83,6 +84,9 @@ class EqCalculator(Calculator):
         ``"splines"``: tables in place of MACE's radial networks; ``"cuequivariance"``: kernels for
         MACE on a GPU; ``"auto"``: what is known to pay at once for the model, or nothing.  Each is
         checked against the plain model in float64 first.
+    program : str or path, optional
+        The same as ``"compile"``, compiled before by ``mlip compile`` and checked alike.  Such a
+        file is code that runs when it is loaded: give only one that you made or trust.
     max_memory : str or float, optional
         As ``"8GB"``, or bytes; None: what is free.  Structures that need more, as predicted, are
         evaluated in pieces, with the same results and a warning.
@@ -117,6 +121,7 @@ class EqCalculator(Calculator):
         skin: float = 0.5,
         symmetrize: str | RotationAveragingConfig | None = None,
         accelerate: str | Sequence[str] | None = None,
+        program: str | os.PathLike[str] | None = None,
         max_memory: str | float | None = None,
         energy_units_to_eV: float = 1.0,
         length_units_to_A: float = 1.0,
@@ -142,7 +147,7 @@ class EqCalculator(Calculator):
             False
         ):  # weights made in inference mode could not be differentiated through
             self.potentials = own_potentials(model, self.device, parse_dtype(dtype))
-            self.potentials = [requested(p, accelerate) for p in self.potentials]
+            self.potentials = quickened(self.potentials, accelerate, program)
             self.potentials = averaged(self.potentials, symmetrize)
         memory = None if max_memory is None else parse_memory(max_memory)
         self._bounded = [BoundedPotential(p, memory) for p in self.potentials]

@@ -32,8 +32,8 @@ def refuse_unknown(options: dict[str, Any]) -> None:
     packages."""
     names = (
         "model", "device", "dtype", "skin", "energy_units_to_eV", "length_units_to_A", "info_keys",
-        "field", "symmetrize", "accelerate", "max_memory", "default_dtype", "use_device", "atoms",
-        "directory", "label", *MODEL_ALIASES,
+        "field", "symmetrize", "accelerate", "program", "max_memory", "default_dtype",
+        "use_device", "atoms", "directory", "label", *MODEL_ALIASES,
     )  # fmt: skip
     for key, value in options.items():
         if key not in FOREIGN:

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from mlip.backends import accelerated, requested
 from mlip.checkpoint import load
 from mlip.potential import Potential
 from mlip.pretrained import find, names
+from mlip.programfile import ProgramFile
 
 ModelSource = Potential | str | os.PathLike[str] | Sequence[Any]
 
@@ -63,6 +65,21 @@ def own_potentials(
         f"model = {model!r}: give a model file, the name of a shipped model "
         f"({', '.join(names()) or 'none'}), a Potential, or a list of these"
     )
+
+
+def quickened(
+    potentials: Sequence[Potential],
+    accelerate: str | Sequence[str] | None,
+    program: str | os.PathLike[str] | None,
+) -> list[Potential]:
+    """The potentials with what a user asked for to make them faster."""
+    if program is None:
+        return [requested(one, accelerate) for one in potentials]
+    if accelerate is not None:
+        raise ValueError("give 'accelerate' or 'program': a program file is the whole model")
+    if len(potentials) != 1:
+        raise ValueError(f"'program' is the file of one model, here are {len(potentials)}")
+    return [accelerated(potentials[0], ProgramFile(program))]
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ase import units
 from ase.io import write
 from rich.console import Console
@@ -24,8 +26,11 @@ from rich.table import Table
 from mlip.calculators.bench import Timing, bench, largest_system
 from mlip.calculators.dynamics import MDResult, run_md
 from mlip.calculators.eq_calculator import EqCalculator
+from mlip.calculators.model_sources import own_potentials, parse_dtype
 from mlip.calculators.relaxation import RelaxResult, last_frame, relax_many
 from mlip.data.export import require_writable
+from mlip.pretrained import find
+from mlip.programfile import write_program
 
 
 def relax_and_report(
@@ -145,6 +150,24 @@ def md_and_report(
             console.print(f"  {label:<18} {values.mean():12.4f} +- {values.std():.4f} {unit}")
     console.print(f"frames in {trajectory}, log in {log}", markup=False, soft_wrap=True)
     return result
+
+
+def compile_and_report(model: str, out: str, *, dtype: str = "") -> None:
+    """``write_program``, with time and size."""
+    console = _console()
+    begin = time.perf_counter()
+    (potential,) = own_potentials([find(model)], torch.device("cpu"), parse_dtype(dtype))
+    with console.status("compiling, about a minute"):
+        write_program(potential, out)
+    kind = f"{type(potential.model).__name__} in {str(potential.dtype)[6:]}"
+    console.print(
+        f"{out}: {kind}, {os.path.getsize(out) / 1e6:.2f} MB, compiled and checked in "
+        f"{time.perf_counter() - begin:.0f} s\nit is code for this machine: load it with "
+        f"program={out!r} beside its model",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def bench_and_report(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -46,7 +47,7 @@ PATH = 0.05  # angstrom, of each coordinate on the path on which the work of the
 NODES = 6  # points on it
 
 
-class BackendError(RuntimeError):
+class BackendError(ValueError):
     """A back end that cannot be used here, or gives other numbers."""
 
 
@@ -151,8 +152,12 @@ class Compile:
 
     def obstacle(self, device: torch.device) -> str | None:
         """No C++ compiler for the processor."""
-        if device.type == "cpu" and not any(map(which, ("g++", "clang++", "cl"))):
-            return "it needs a C++ compiler, such as g++"
+        compilers = (os.environ.get("CXX", ""), "g++", "clang++", "cl")
+        if device.type == "cpu" and not any(map(which, compilers)):
+            return (
+                "it needs a C++ compiler; install one (apt install g++, conda install gxx) or "
+                "name it in the environment as CXX"
+            )
         return None
 
     def convert(self, model: Any) -> Any:

@@ -85,21 +85,22 @@ def write_tensors(
         text = json.dumps(metadata, sort_keys=True, default=_plain)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: the metadata cannot be written as JSON: {error}") from None
-    raw = (
-        (
-            name,
-            RawTensor(
-                _NAMES[t.dtype], tuple(t.shape), t.reshape(-1).view(torch.uint8).numpy().data
-            ),
-        )
-        for name, t in plain.items()
-    )
-    blob = serialize(plain, metadata={"mlip": text, "sha256": digest(text, raw)})
+    blob = serialize(plain, metadata={"mlip": text, "sha256": checksum(text, plain)})
     # safetensors writes its metadata in random order; sorted, equal contents give equal files.
     length = int.from_bytes(blob[:8], "little")
     header = json.dumps(json.loads(blob[8 : 8 + length]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
     write_bytes(path, len(header).to_bytes(8, "little") + header + blob[8 + length :])
+
+
+def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of a text and of every tensor's name, dtype, shape and bytes, as files bear it."""
+    raw = {}
+    for name, tensor in tensors.items():
+        t = tensor.detach().cpu().contiguous()
+        data = t.reshape(-1).view(torch.uint8).numpy().data
+        raw[name] = RawTensor(_NAMES[t.dtype], tuple(t.shape), data)
+    return digest(text, raw.items())
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

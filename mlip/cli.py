@@ -25,6 +25,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[
     str, typer.Option(help="float32 or float64. [default: the model's]", show_default=False)
 ]
+Program = Annotated[
+    str | None, typer.Option(help="File of `mlip compile`: code, give only one that you trust.")
+]
 Symmetrize = Annotated[
     str | None,
     typer.Option(help="Average over rotations: octahedral, icosahedral, lebedev-11, ..."),
@@ -171,6 +174,7 @@ def relax(
     device: Device = "auto",
     dtype: Dtype = "",
     symmetrize: Symmetrize = None,
+    program: Program = None,
 ) -> None:
     """Relax structures; those that fail say why and the rest are finished.
 
@@ -195,6 +199,7 @@ def relax(
         device=device,
         dtype=dtype,
         symmetrize=symmetrize,
+        program=program,
     )
     if not finished:
         raise typer.Exit(1)
@@ -214,6 +219,7 @@ def bench(
     device: Device = "auto",
     dtype: Dtype = "",
     symmetrize: Symmetrize = None,
+    program: Program = None,
 ) -> None:
     """Time a model on this machine: ms/step, atoms/s, ns/day, memory, the largest system that fits.
 
@@ -232,7 +238,30 @@ def bench(
         device=device,
         dtype=dtype,
         symmetrize=symmetrize,
+        program=program,
     )
+
+
+@app.command(name="compile")
+def compile_model(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model file, or name of a shipped model.")
+    ],
+    out: Annotated[str, typer.Option(help="Program file to write, NAME.pt2.")],
+    dtype: Dtype = "",
+) -> None:
+    """Compile a model (facet, gaunt) ahead of time for this machine; takes about a minute.
+
+    The program file is code, checked here and whenever it is loaded beside its model.
+
+    \b
+    Examples:
+      mlip compile silicon --out silicon.pt2 --dtype float32
+      mlip md si.cif -m silicon --dtype float32 --program silicon.pt2
+    """
+    from mlip.calculators.reports import compile_and_report
+
+    compile_and_report(model, out, dtype=dtype)
 
 
 @app.command()
@@ -267,6 +296,7 @@ def md(
     device: Device = "auto",
     dtype: Dtype = "",
     symmetrize: Symmetrize = None,
+    program: Program = None,
 ) -> None:
     """Run molecular dynamics with trajectory, log and exact restart.
 
@@ -299,6 +329,7 @@ def md(
         device=device,
         dtype=dtype,
         symmetrize=symmetrize,
+        program=program,
     )
 
 
@@ -340,6 +371,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Structures at a time.")] = 16,
     device: Device = "auto",
     dtype: Dtype = "",
+    symmetrize: Symmetrize = None,
 ) -> None:
     """Errors of a model on labelled data: MAE and RMSE of energy, forces and stress by config_type.
 

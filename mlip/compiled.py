@@ -8,12 +8,14 @@ what Python and the gradient's bookkeeping cost: most for small structures.
 
 What the program does not give, gradients of some atoms' energies and second derivatives, comes from
 the model itself.
+
+The same program can be compiled ahead of time, into a file: ``mlip.programfile``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,10 @@ from torch import Tensor, nn
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.nn.neighborhoods import gather_neighborhoods
 
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+# (Z, v, neighbors) -> energies (N,), features (N, C), gradient (N, K, 3)
 Program = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -39,11 +45,13 @@ class Compiled(nn.Module):
     ----------
     model : an energy model that lays out edges with ``gather_neighborhoods`` and reads nothing but
         elements and vectors; its weights are shared, not trained
+    ready : function of the model that gives its program, where it has been compiled before
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, ready: Callable[[Any], Program] | None = None) -> None:
         super().__init__()
         self.model = model
+        self.ready = ready
         self._program: Program | None = None
 
     @property
@@ -73,7 +81,7 @@ class Compiled(nn.Module):
         neighbors = nn.functional.pad(hood.neighbors.view(N, K), (0, 1, 0, 1))
         Z = nn.functional.pad(Z, (0, 1))
         if self._program is None:
-            self._program = compiled(self.model, v.detach(), neighbors, Z)
+            self._program = (self.ready or compiled)(self.model)
         with torch.no_grad():
             energy, features, g = self._program(Z, v.detach(), neighbors)
         energy = _Known.apply(v, energy, g, Z, neighbors, self.model)
@@ -111,9 +119,27 @@ class _Known(torch.autograd.Function):
         return gradient, None, None, None, None, None
 
 
-def compiled(model: Any, v: Tensor, neighbors: Tensor, Z: Tensor) -> Program:
-    """The program (Z, v, neighbors) -> energies (N,), features (N, C), gradient (N, K, 3), with
-    some structure as an example of the inputs."""
+def compiled(model: Any) -> Program:
+    """The program of a model, from torch's compiler."""
+    trace, _ = traced(model)
+    with torch.no_grad():
+        fast: Program = torch.compile(trace, dynamic=True, fullgraph=True)
+    return fast
+
+
+def exported(model: Any) -> ExportedProgram:
+    """The same for compilation ahead of time."""
+    from torch.export import Dim, export
+
+    trace, example = traced(model)
+    N, K = Dim("atoms", min=2), Dim("slots", min=2)
+    with torch.no_grad():
+        return export(trace, example, dynamic_shapes=({0: N}, {0: N, 1: K}, {0: N, 1: K}))
+
+
+def traced(model: Any) -> tuple[torch.fx.GraphModule, tuple[Tensor, Tensor, Tensor]]:
+    """The operations of a model's program, for any number of atoms and slots, with an example of
+    the inputs."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def program(Z: Tensor, v: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,14 +149,11 @@ def compiled(model: Any, v: Tensor, neighbors: Tensor, Z: Tensor) -> Program:
             (g,) = torch.autograd.grad(out.energy.sum(), v)
         return out.energy.detach(), out.features.detach(), g.detach()
 
-    trace = make_fx(program, tracing_mode="symbolic", _allow_non_fake_inputs=True)
     # Sizes that differ from all others: equal ones would be taken for the same.
     N, K = 17, 11
-    example = (
-        Z[:1].expand(N).contiguous(),
-        v[-1:, -1:].expand(N, K, 3).contiguous(),
-        neighbors[-1:, -1:].expand(N, K).contiguous(),
-    )
+    v = next(model.parameters()).new_tensor([0.0, 0.0, model.config.cutoff])
+    neighbors = torch.zeros(N, K, dtype=torch.int64, device=v.device)
+    example = (neighbors[:, 0] + 1, v.expand(N, K, 3).contiguous(), neighbors)
+    trace = make_fx(program, tracing_mode="symbolic", _allow_non_fake_inputs=True)
     with torch.no_grad():
-        fast: Program = torch.compile(trace(*example), dynamic=True, fullgraph=True)
-    return fast
+        return trace(*example), example

@@ -65,7 +65,7 @@ def read_raw(path: str | Path) -> tuple[dict[str, RawTensor], dict[str, Any]]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(f"{path}: damaged or not a safetensors file{_guess(start)}")
+            raise CheckpointError(f"{path}: damaged or not a safetensors file{_guess(path, start)}")
         header = file.read(length)
         strings = _strings(path, header)
         try:
@@ -107,7 +107,11 @@ def _strings(path: Path, header: bytes) -> dict[str, Any]:
     return strings if isinstance(strings, dict) else {}
 
 
-def _guess(start: bytes) -> str:
+def _guess(path: Path, start: bytes) -> str:
+    if path.suffix == ".pt2":
+        return (
+            " (a compiled program: code, and no model; give the model's file, this as its program)"
+        )
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return " (a pickle, as torch.save writes it: such files can run code and are not read)"
     if start.startswith(b"\x89HDF"):

@@ -58,6 +58,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         | {"mlip.modelcard", "mlip.pretrained", "mlip.tensorfile"},
         {"safetensors", "ase.data", "e3nn"},
     ),
+    "mlip.programfile": (
+        {"mlip.backends", "mlip.checkpoint", "mlip.compiled", "mlip.models", "mlip.potential"}
+        | {"mlip.tensorfile"},
+        set(),
+    ),
     "mlip.evaluation": (
         {"mlip.evaluation", "mlip.potential", "mlip.checkpoint", "mlip.data", "mlip.pretrained"}
         | {"mlip.tensorfile", "mlip.nn", "mlip.rotation_orbit"},
@@ -72,7 +77,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "mlip.calculators": (
         {"mlip.calculators", "mlip.checkpoint", "mlip.pretrained", "mlip.potential", "mlip.data"}
-        | {"mlip.rotation_orbit", "mlip.wrappers", "mlip.backends"},
+        | {"mlip.rotation_orbit", "mlip.wrappers", "mlip.backends", "mlip.programfile"},
         {"ase", "matscipy", "matplotlib", "rich", "scipy", "spglib"},
     ),
     "mlip.cli": ({"mlip"}, {"typer", "rich", "ase"}),
