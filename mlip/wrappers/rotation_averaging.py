@@ -16,6 +16,7 @@ bounds the memory and costs a third more time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from mlip.config import Config
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.nn.constant import Constant
+from mlip.nn.irreps import rotate_irreps
 from mlip.nn.rotations import Rotations, rotations
 
 
@@ -92,18 +94,34 @@ class RotationAveraging(nn.Module):
         """What the model reads besides the geometry."""
         return tuple(getattr(self.model, "graph_inputs", ()))
 
+    @property
+    def latent_irreps(self) -> Sequence[int]:
+        """Channels of each degree in the features, if the model's have directions."""
+        irreps: Sequence[int] = self.model.latent_irreps
+        return irreps
+
     def forward(self, graph: AtomicGraph) -> NodeOutput:
-        return average(self.model, graph, self.matrices(), self.weights(), self.options.max_edges)
+        R, w = self.matrices(), self.weights()
+        irreps = getattr(self.model, "latent_irreps", None)
+        return average(self.model, graph, R, w, self.options.max_edges, irreps)
 
 
-def average(model: Any, graph: AtomicGraph, R: Tensor, w: Tensor, max_edges: int) -> NodeOutput:
+def average(
+    model: Any,
+    graph: AtomicGraph,
+    R: Tensor,
+    w: Tensor,
+    max_edges: int,
+    irreps: Sequence[int] | None = None,
+) -> NodeOutput:
     """Mean of a model over the copies of a graph under ``R`` (K, 3, 3), weights ``w`` (K,).
 
-    Copies of more than ``max_edges`` edges in all are taken in parts.
+    Copies of more than ``max_edges`` edges in all are taken in parts.  Forces of the copies are
+    turned back before, and so are features, where ``irreps`` says what they are.
     """
     step = max(1, max_edges // max(1, graph.edge_index.shape[1]))
     if step >= len(R):
-        return _part(model, graph.vectors, R, w, graph)
+        return _part(model, graph.vectors, R, w, graph, irreps)
     total = None
     for first in range(0, len(R), step):
         part = checkpoint(
@@ -113,6 +131,7 @@ def average(model: Any, graph: AtomicGraph, R: Tensor, w: Tensor, max_edges: int
             R[first : first + step],
             w[first : first + step],
             graph,
+            irreps,
             use_reentrant=False,
         )
         total = part if total is None else _sum(total, part)
@@ -120,7 +139,14 @@ def average(model: Any, graph: AtomicGraph, R: Tensor, w: Tensor, max_edges: int
     return total
 
 
-def _part(model: Any, vectors: Tensor, R: Tensor, w: Tensor, graph: AtomicGraph) -> NodeOutput:
+def _part(
+    model: Any,
+    vectors: Tensor,
+    R: Tensor,
+    w: Tensor,
+    graph: AtomicGraph,
+    irreps: Sequence[int] | None,
+) -> NodeOutput:
     """Weighted sums over some of the copies: energy, features, forces."""
     out = model(graph.replace(vectors=vectors).rotated_copies(R))
     N, K = len(graph.atomic_numbers), len(R)
@@ -128,7 +154,11 @@ def _part(model: Any, vectors: Tensor, R: Tensor, w: Tensor, graph: AtomicGraph)
     if out.forces is not None:
         back = (out.forces.view(K, N, 3) @ R.to(out.forces.dtype)).view(K * N, 3)
         forces = _weighted(back, w, N)
-    features = None if out.features is None else _weighted(out.features, w, N)
+    features = out.features
+    if features is not None:
+        if irreps is not None:
+            features = rotate_irreps(features, irreps, R.mT.repeat_interleave(N, dim=0))
+        features = _weighted(features, w, N)
     return NodeOutput(_weighted(out.energy, w, N), features, forces)
 
 

@@ -13,6 +13,7 @@ from ase.build import bulk, fcc111, molecule
 from mlip import checkpoint
 from mlip.data.graph import AtomicGraph
 from mlip.models import build
+from mlip.nn.irreps import rotate_irreps
 from mlip.nn.rotations import random_rotations, rotations
 from mlip.potential import Potential
 from mlip.rotation_orbit import rotation_orbit
@@ -149,6 +150,27 @@ def small_escaip() -> Potential:
     )  # fmt: skip
     without_zeros(model, 0.1)
     return Potential(model, torch.linspace(-2, 2, 119)).double().eval()
+
+
+def test_features_with_directions_turn_with_the_structure() -> None:
+    torch.manual_seed(0)
+    model = build(
+        "transip", cutoff=4.0, hidden=32, num_layers=1, num_heads=2, head_width=4, latent=(4, 2)
+    )
+    without_zeros(model, 0.1)
+    plain = Potential(model, torch.linspace(-2, 2, 119)).double().eval()
+    potential = averaged(plain, "octahedral+mirrors")
+    atoms = molecule("CH3OH")
+    there = AtomicGraph.from_atoms(atoms, 4.0)
+    R = potential.model.rotations.matrices[-5]  # a rotoreflection of the cube
+    atoms.positions = atoms.positions @ R.numpy().T
+    here = AtomicGraph.from_atoms(atoms, 4.0)
+    assert potential.model.latent_irreps == model.latent_irreps
+    for p, exact in ((potential, True), (plain, False)):
+        f, g = (p(graph)["features"].detach() for graph in (there, here))
+        expected = rotate_irreps(f, model.latent_irreps, R.expand(len(f), 3, 3))
+        assert torch.allclose(g, expected, rtol=0, atol=1e-10) == exact
+        assert torch.allclose(p.invariants(f), p.invariants(g), rtol=0, atol=1e-10) == exact
 
 
 def test_wrappers_are_saved_and_shown(tmp_path: Path) -> None:
