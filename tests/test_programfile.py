@@ -113,6 +113,16 @@ def test_numbers_are_those_of_the_plain_model_at_all_sizes(
     assert fast.model._program is program
 
 
+def test_any_number_of_threads_is_right(calc: EqCalculator) -> None:
+    graph, threads = graphs()["crystal"], torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        forces = calc.potentials[0](graph)["forces"]
+    finally:
+        torch.set_num_threads(threads)
+    assert_close(forces, potential()(graph)["forces"], atol=1e-10, rtol=1e-10)
+
+
 def test_second_derivatives_are_those_of_the_plain_model(calc: EqCalculator) -> None:
     atoms = molecule("H2O")
     right = EqCalculator(potential(), device="cpu").get_hessian(atoms)
