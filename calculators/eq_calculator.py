@@ -80,7 +80,7 @@ class EqCalculator(Calculator):
         ``"lebedev-11"`` (600), or another rule of ``mlip.nn.rotations``; with ``"+mirrors"`` at the
         end over reflections, too, which doubles the copies.  Costs as many times the model.
     accelerate : str or sequence of str, optional
-        ``"compile"``: Facet and Gaunt as one compiled program, about a minute the first time;
+        ``"compile"``: one compiled program, about a minute the first time, not for all models;
         ``"splines"``: tables in place of MACE's radial networks; ``"cuequivariance"``: kernels for
         MACE on a GPU; ``"auto"``: what is known to pay at once for the model, or nothing.  Each is
         checked against the plain model in float64 first.

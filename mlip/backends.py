@@ -27,6 +27,8 @@ from mlip.data.graph import AtomicGraph
 from mlip.models.facet import Facet
 from mlip.models.gaunt import Gaunt
 from mlip.models.mace import MACE, Convolution, Layer
+from mlip.models.ponita import Ponita
+from mlip.models.transip import TransIP
 from mlip.nn.spline import Spline, leading_functions
 from mlip.nn.symmetric_contraction import SymmetricContraction
 from mlip.potential import Potential
@@ -146,7 +148,11 @@ class Splines:
 
 
 class Compile:
-    """Energy and gradient of Facet and Gaunt as one compiled program (``mlip.compiled``)."""
+    """Energy and gradient as one compiled program (``mlip.compiled``).
+
+    For models whose operations depend on the sizes alone.  Those of MACE depend on how many atoms
+    there are of each element, those of EScAIP on how many have how many neighbours.
+    """
 
     name = "compile"
 
@@ -162,8 +168,12 @@ class Compile:
 
     def convert(self, model: Any) -> Any:
         """Copy that is compiled when it is first called."""
-        if not isinstance(model, Facet | Gaunt):
-            raise BackendError(f"{self.name} is for Facet and Gaunt, not {type(model).__name__}")
+        if not isinstance(model, Facet | Gaunt | Ponita | TransIP):
+            raise BackendError(
+                f"{self.name} is for Facet, Gaunt, Ponita and TransIP, not {type(model).__name__}"
+            )
+        if getattr(model.config, "direct_forces", False):
+            raise BackendError(f"{self.name} is for models whose forces are gradients")
         if getattr(model, "graph_inputs", ()) or getattr(model.config, "field", None) is not None:
             raise BackendError(f"{self.name} is for models that read no external field")
         return Compiled(copy.deepcopy(model))

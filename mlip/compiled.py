@@ -69,6 +69,17 @@ class Compiled(nn.Module):
         """That of the model."""
         return bool(self.model.exact_symmetry)
 
+    @property
+    def exact_groups(self) -> tuple[str, ...]:
+        """Those of the model."""
+        return tuple(getattr(self.model, "exact_groups", ()))
+
+    @property
+    def latent_irreps(self) -> tuple[int, ...] | None:
+        """Those of the model's features, if it has any."""
+        irreps = getattr(self.model, "latent_irreps", None)
+        return None if irreps is None else tuple(irreps)
+
     def forward(self, graph: AtomicGraph) -> NodeOutput:
         Z = graph.atomic_numbers
         N = len(Z)

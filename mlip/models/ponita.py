@@ -140,7 +140,7 @@ class Ponita(nn.Module):
 
     def forward(self, graph: AtomicGraph) -> NodeOutput:
         c = self.config
-        N = len(graph.atomic_numbers)
+        N = graph.atomic_numbers.shape[0]  # unlike len(), a symbol to a compiler
         vectors = turned_at_random(graph) if c.random_grid and self.training else graph.vectors
         hood = gather_neighborhoods(vectors, graph.edge_index, N, c.cutoff)
         r = hood.vectors.norm(dim=-1, keepdim=True)  # (N, J, 1)

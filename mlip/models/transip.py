@@ -149,7 +149,7 @@ class TransIP(nn.Module):
         """Evaluate a graph; ``share`` maps tokens (N, H) of the nodes (N,) before others read
         them."""
         edges = self.edges(graph)
-        nodes = torch.arange(len(graph.atomic_numbers), device=graph.atomic_numbers.device)
+        nodes = torch.arange(graph.atomic_numbers.shape[0], device=graph.atomic_numbers.device)
         h = self.embed(graph.atomic_numbers)
         h = nn.functional.pad(h, (0, self.config.hidden - h.shape[1]))  # (N, H)
         for number, block in enumerate(self.blocks):
@@ -180,7 +180,7 @@ class TransIP(nn.Module):
     def edges(self, graph: AtomicGraph) -> Edges:
         """Lay out the neighbourhoods and compute all functions of the edges."""
         c = self.config
-        N = len(graph.atomic_numbers)
+        N = graph.atomic_numbers.shape[0]  # unlike len(), a symbol to a compiler
         hood = gather_neighborhoods(graph.vectors, graph.edge_index, N, c.cutoff)
         v = hood.vectors  # (N, K, 3)
         r = v.norm(dim=-1)

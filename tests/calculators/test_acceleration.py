@@ -35,6 +35,8 @@ CASES = [
     ("mace", "splines", torch.float64),
     ("facet", "trace", torch.float32),
     ("gaunt", "trace", torch.float64),
+    ("ponita", "trace", torch.float32),
+    ("transip", "trace", torch.float64),
 ]
 
 
@@ -66,8 +68,12 @@ def potential(name: str, dtype: torch.dtype = torch.float64) -> Potential:
         | {"message_channels": (3, 2)},
         "gaunt": {"channels": 4, "lmax": 1, "hidden": 4, "num_basis": 4, "num_layers": 1}
         | {"message_channels": (3, 2)},
+        "ponita": {"channels": 8, "message_channels": 4, "num_layers": 1},
+        "transip": {"hidden": 24, "latent": (3, 1), "num_heads": 2, "num_layers": 1}
+        | {"tokens": "irreps"},
     }
-    model = build(name, cutoff=4.0, avg_num_neighbors=8.0, **sizes[name])
+    scale = {} if name == "transip" else {"avg_num_neighbors": 8.0}
+    model = build(name, cutoff=4.0, **scale, **sizes[name])
     without_zeros(model, 0.3)
     e0 = torch.full((119,), torch.nan)
     e0[[1, 6, 8]] = torch.tensor([-13.0, -1030.0, -2040.0])
@@ -200,6 +206,15 @@ def test_one_program_serves_all_sizes() -> None:
     assert other.float().model._program is None  # it holds the weights, and goes with them
 
 
+def test_descriptors_of_a_compiled_model_are_invariants() -> None:
+    graph = AtomicGraph.from_atoms(molecule("H2O"), 4.0)
+    invariants = [
+        p.invariants(p(graph)["features"]) for p in (potential("transip"), fast("transip", "trace"))
+    ]
+    assert_close(invariants[1], invariants[0])
+    assert invariants[0].shape[1] < 24  # a vector counts once
+
+
 def test_pieces_of_a_compiled_model_are_right() -> None:
     """Gradients of some atoms' energies are not what the program gives."""
     plain, model = potential("facet"), fast("facet", "trace")
@@ -211,12 +226,16 @@ def test_pieces_of_a_compiled_model_are_right() -> None:
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BackendError, match="compile is for Facet and Gaunt, not MACE"):
+    with pytest.raises(BackendError, match=r"compile is for .* and TransIP, not MACE"):
         accelerated(potential("mace"), "compile")
     with_field = potential("facet")
     with_field.model = build("facet", channels=4, field="given").double()
     with pytest.raises(BackendError, match="no external field"):
         accelerated(with_field, "compile")
+    direct = potential("transip")
+    direct.model = build("transip", direct_forces=True).double()
+    with pytest.raises(BackendError, match="whose forces are gradients"):
+        accelerated(direct, "compile")
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("internal error\nof the compiler")
