@@ -41,10 +41,20 @@ __all__ = [
     "write_tensors",
 ]
 
-FORMAT = 1
-UPGRADES: dict[
-    int, Callable[[dict[str, Any]], dict[str, Any]]
-] = {}  # format n -> metadata of format n + 1
+FORMAT = 2
+
+
+def _with_plain_radial_functions(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Files of format 1 may lack options whose defaults are others now."""
+    own = metadata["hyperparameters"]
+    old = {"stretch": 0.0, "quartic": True} if metadata["model"] == "facet" else {"stretch": 0.0}
+    known = MODELS[metadata["model"]][1].model_fields
+    missing = {key: x for key, x in old.items() if key in known and key not in own}
+    return {**metadata, "hyperparameters": {**own, **missing}}
+
+
+# Format n -> metadata of format n + 1.
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _with_plain_radial_functions}
 UNITS = {"energy": "eV", "length": "angstrom", "forces": "eV/angstrom", "stress": "eV/angstrom^3"}
 MAX_WRAPPERS = 4
 MINIMUM_TORCH = (2, 10)  # older ones have known holes in reading files

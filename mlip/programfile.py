@@ -190,7 +190,8 @@ def _short(fact: Any) -> str:
 def open_program(path: Path, model: Any) -> Program:
     """The program of a file, which has to be that of this model.  Runs what the file holds."""
     require_fit(path, model)
-    loader = torch._inductor.aoti_load_package(str(path)).loader
+    # torch._inductor.aoti_load_package would ask a compiler what the stamp says of the processor.
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
 
     def program(Z: Tensor, v: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         energy, features, g = loader.boxed_run([Z, v, neighbors])

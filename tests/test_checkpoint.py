@@ -371,7 +371,7 @@ def test_newer_formats_ask_for_an_upgrade(file: Path) -> None:
 
 def test_older_formats_go_through_the_chain(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     E, _ = energy_and_forces(load(file))
-    forge(file, lambda metadata, tensors: metadata.update(model="old name"))
+    forge(file, lambda metadata, tensors: metadata.update(model="old name", format=1))
 
     def renamed(metadata: dict[str, Any]) -> dict[str, Any]:
         return {**metadata, "model": "older name" if metadata["model"] == "old name" else "?"}
@@ -480,3 +480,19 @@ def test_old_torch_is_warned_of(file: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     with pytest.warns(UserWarning, match=r"2\.9\.1\+cpu has known holes.*2\.10"):
         load(file)
+
+
+def test_files_older_than_an_option_keep_its_old_value(file: Path) -> None:
+    old = build("facet", **TINY, stretch=0.0, quartic=True)
+    potential = tiny()
+    potential.model = old.to(potential.dtype)
+    save(potential, file)
+    E, F = energy_and_forces(load(file))
+
+    def of_format_1(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        metadata["format"] = 1
+        del metadata["hyperparameters"]["stretch"], metadata["hyperparameters"]["quartic"]
+
+    forge(file, of_format_1)
+    assert energy_and_forces(load(file))[0] == E
+    np.testing.assert_array_equal(energy_and_forces(load(file))[1], F)

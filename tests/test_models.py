@@ -41,7 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, SMALL.get(name, {})) for name in MODELS},
     "facet-mlp": ("facet", {**SMALL["facet"], "grid": "mlp"}),
-    "facet-fine": ("facet", {**SMALL["facet"], "stretch": 2.0, "quartic": False}),
+    "facet-quartic": ("facet", {**SMALL["facet"], "stretch": 0.0, "quartic": True}),
     "facet-deep": (
         "facet",
         {**SMALL["facet"], "lmax": 3, "num_layers": 3, "message_channels": (5, 4, 3)},

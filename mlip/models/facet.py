@@ -7,8 +7,8 @@ One layer; g_j are few channels of x_j, U and V are linear in A:
     A_i[l''m'', c]    = sum W CG (T_i)                                             weights
     A_i[1m, c]       += F_m sum W A_i[00]                  F an external field, where there is one
     P_i               = project_L ( U_i(r) V_i(r) )         products of functions on the sphere
-    q_i               = A_0, |U_l|^2, U_l.P_l, |P_l|^2      invariants of 2 to 5 bodies per layer,
-                                                            to 4 without the last (``quartic``)
+    q_i               = A_0, |U_l|^2, U_l.P_l               invariants of 2 to 4 bodies per layer,
+                                                            |P_l|^2 of 5 with ``quartic``
     x_i <- x_i + linear(U_i, P_i),   scalars <- scalars + MLP(q_i),   E_i <- E_i + readout(MLP(q_i))
 
 Because the radial weights are linear in B_b, they commute with the sum over neighbours: the sum has
@@ -55,9 +55,9 @@ class FacetConfig(Config):
     )
     num_basis: int = Field(8, ge=2, le=64, description="B, Bessel functions")
     stretch: float = Field(
-        0.0, ge=0, le=10, description="Bessel functions are 1 + this times finer at short distances"
+        2.0, ge=0, le=10, description="Bessel functions are 1 + this times finer at short distances"
     )
-    quartic: bool = Field(True, description="invariants of the product with itself, too")
+    quartic: bool = Field(False, description="invariants of the product with itself, too")
     hidden: int = Field(64, ge=4, le=4096, description="width of the networks on invariants")
     grid: Literal["poly", "mlp"] = Field(
         "poly", description="on the sphere: exact products, or a pointwise network (approximate)"
