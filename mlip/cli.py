@@ -20,7 +20,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# Options that several verbs have.
+# What several verbs have.
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model file, or name of a shipped model.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[
     str, typer.Option(help="float32 or float64. [default: the model's]", show_default=False)
@@ -53,9 +56,7 @@ def options(
 
 @app.command()
 def info(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Model file, or the name of a shipped model.")
-    ],
+    model: Model,
 ) -> None:
     """Show what a model says of itself: elements, cutoff, level of theory, errors, licence.
 
@@ -207,9 +208,7 @@ def relax(
 
 @app.command()
 def bench(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Model file, or name of a shipped model.")
-    ],
+    model: Model,
     structure: Annotated[
         str | None,
         typer.Argument(metavar="[STRUCTURE]", help="File; it and its supercells are timed."),
@@ -244,9 +243,7 @@ def bench(
 
 @app.command(name="compile")
 def compile_model(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Model file, or name of a shipped model.")
-    ],
+    model: Model,
     out: Annotated[str, typer.Option(help="Program file to write, NAME.pt2.")],
     dtype: Dtype = "",
 ) -> None:
@@ -361,9 +358,7 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Model file, or the name of a shipped model.")
-    ],
+    model: Model,
     data: Annotated[list[str], typer.Argument(metavar="DATA.h5...", help="Labelled data files.")],
     out: Annotated[
         str | None, typer.Option(help="Folder for tables, parity plots and predictions (extxyz).")
