@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mlip.calculators.memory import LiveBytes, available_memory
+from mlip.compiled import Compiled
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.potential import Potential
 
@@ -202,8 +203,11 @@ class BoundedPotential:
             if sample.slots >= SAMPLE or int(group.sum()) == before:
                 break
         vectors = graph.edge_vectors().detach()
+        plain = self.potential
+        if type(plain.model) is Compiled:  # programs refuse to be watched, and take no more
+            plain = plain.with_model(plain.model.model)
         with LiveBytes() as live:
-            atoms, _ = evaluate_piece(self.potential, sample, vectors)
+            atoms, _ = evaluate_piece(plain, sample, vectors)
         if atoms.forces is not None:  # of the whole structure they have no net force
             self.hops = None
         return MARGIN * live.peak / sample.slots

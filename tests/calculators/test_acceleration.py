@@ -24,7 +24,7 @@ from mlip.backends import (
     probe_structures,
 )
 from mlip.calculators import EqCalculator
-from mlip.calculators.chunks import in_pieces, pieces, slots
+from mlip.calculators.chunks import BoundedPotential, in_pieces, pieces, slots
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.models import build
 from mlip.potential import Potential
@@ -223,6 +223,17 @@ def test_pieces_of_a_compiled_model_are_right() -> None:
     assert len(parts) > 1
     whole = plain(graph)["forces"]
     assert_close(in_pieces(model, graph, parts, stress=False)["forces"], whole, atol=1e-10, rtol=0)
+
+
+def test_memory_of_a_compiled_model_is_predicted_without_its_program() -> None:
+    plain, model = potential("facet"), fast("facet", "trace")
+    graph = AtomicGraph.from_atoms(crystal(8), plain.cutoff)
+
+    def program(*_: torch.Tensor) -> None:
+        raise AssertionError("programs of torch.compile raise when tensors are watched")
+
+    model = model.with_model(mlip.compiled.Compiled(model.model.model, lambda _: program))
+    assert BoundedPotential(model).count(graph) == BoundedPotential(plain).count(graph) > 0
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
