@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import Any
 
@@ -250,18 +250,25 @@ def evaluate(
     if flat[0].device.type == "cpu" and not isinstance(columns, torch.SymInt):
         step = max(CHUNK_BYTES // (len(to_grid) * flat[0].element_size()), 64)
         starts = range(0, columns, step)
-    results = [flat[0].new_empty(size, columns) for size, _ in plan]
     used = {k for _, terms in plan for term in terms for k in term}
-    for start in starts:
-        chunk = slice(start, start + step)
-        values = {k: to_grid[:, : len(flat[k])] @ flat[k][:, chunk] for k in used}  # (P, step)
-        for result, (size, terms) in zip(results, plan, strict=True):
-            total = torch.zeros(())
-            for number, (term, times) in enumerate(terms.items()):
-                x = operation([values[k] for k in term])
-                if number:
-                    total.add_(x, alpha=times)
-                else:
-                    total = x if times == 1 else x.mul_(times)
-            result[:, chunk] = from_grid[:size] @ total
+
+    def projected(columns: slice) -> Iterator[Tensor]:
+        values = {k: to_grid[:, : len(flat[k])] @ flat[k][:, columns] for k in used}  # (P, step)
+        for size, terms in plan:
+            (term, times), *others = terms.items()
+            total = operation([values[k] for k in term])
+            if times != 1:
+                total.mul_(times)
+            for term, times in others:
+                total.add_(operation([values[k] for k in term]), alpha=times)
+            yield from_grid[:size] @ total
+
+    if len(starts) == 1:
+        results = list(projected(slice(None)))
+    else:
+        results = [flat[0].new_empty(size, columns) for size, _ in plan]
+        for start in starts:
+            chunk = slice(start, start + step)
+            for result, part in zip(results, projected(chunk), strict=True):
+                result[:, chunk] = part
     return [result.view(len(result), *functions[0].shape[1:]) for result in results]

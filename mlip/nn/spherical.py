@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 from e3nn import o3
@@ -26,7 +27,11 @@ def clebsch_gordan(l1: int, l2: int, l3: int) -> Tensor:
 class SphericalHarmonics(nn.Module):
     """Y_lm of unit vectors by the recursion Y_{l+1} = c_l CG(l, 1, l+1) Y_l r.
 
-    Few operations, differentiable to any order.
+    Few operations, differentiable to any order.  These are polynomials of r whose gradient is that
+    of the recursion with the factor l + 1, since r . grad Y_{l+1} = (l + 1) Y_{l+1}:
+
+        grad Y_{l+1} = (l + 1) c_l CG(l, 1, l+1) Y_l
+
     (..., 3) unit vectors -> (..., LM).
     """
 
@@ -38,6 +43,9 @@ class SphericalHarmonics(nn.Module):
             [0.0, 1.0, 0.0], dtype=torch.float64
         )  # any direction fixes the norm and sign
         Y = axis * math.sqrt(3)
+        lowering = torch.zeros((lmax + 1) ** 2, 3, max(lmax, 1) ** 2, dtype=torch.float64)
+        if lmax > 0:
+            lowering[1:4, :, 0] = torch.eye(3, dtype=torch.float64) * math.sqrt(3)
         for l in range(1, lmax):
             coupling = clebsch_gordan(l, 1, l + 1)
             raised = torch.einsum("a,b,abc->c", Y, axis, coupling)
@@ -46,15 +54,38 @@ class SphericalHarmonics(nn.Module):
                 factor = -factor
             Y = raised * factor
             self.raising.append(Constant((coupling * factor).reshape(-1, 2 * l + 3)))
+            here, next_ = slice(l**2, (l + 1) ** 2), slice((l + 1) ** 2, (l + 2) ** 2)
+            lowering[next_, :, here] = (l + 1) * factor * coupling.permute(2, 1, 0)
+        self.lowering = Constant(lowering.flatten(1))  # (LM, 3 L^2)
 
     def forward(self, r: Tensor) -> Tensor:
+        raising = [raising() for raising in self.raising]
+        found: Tensor = _Harmonics.apply(r, self.lmax, self.lowering(), *raising)
+        return found
+
+
+class _Harmonics(torch.autograd.Function):
+    """Y (..., LM) of r (..., 3); the gradient is made of Y, and so are all further ones."""
+
+    @staticmethod
+    def forward(ctx: Any, r: Tensor, lmax: int, lowering: Tensor, *raising: Tensor) -> Tensor:
         Y = [torch.ones_like(r[..., :1])]
-        if self.lmax > 0:
+        if lmax > 0:
             Y.append(r * math.sqrt(3))
-        for l in range(1, self.lmax):
+        for l, matrix in enumerate(raising, start=1):
             outer = (Y[l][..., :, None] * r[..., None, :]).flatten(-2)  # (..., (2l+1) 3)
-            Y.append(outer @ self.raising[l - 1]())
-        return torch.cat(Y, dim=-1)
+            Y.append(outer @ matrix)
+        found = torch.cat(Y, dim=-1)
+        ctx.below = max(lmax, 1) ** 2
+        ctx.save_for_backward(found, lowering)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+        Y, lowering = ctx.saved_tensors
+        slopes = (above @ lowering).unflatten(-1, (3, ctx.below))  # (..., 3, L^2)
+        gradient = (slopes * Y[..., None, : ctx.below]).sum(-1)
+        return gradient, None, None, *(None for _ in ctx.needs_input_grad[3:])
 
 
 def degree_of_component(lmax: int) -> Tensor:

@@ -37,6 +37,14 @@ def test_harmonics_agree_with_e3nn(lmax: int) -> None:
     )
 
 
+@pytest.mark.parametrize("lmax", range(5))
+def test_derivatives_of_harmonics(lmax: int) -> None:
+    r = 1.3 * directions(3).requires_grad_()  # of any length
+    harmonics = SphericalHarmonics(lmax).double()
+    assert torch.autograd.gradcheck(harmonics, (r,))
+    assert torch.autograd.gradgradcheck(harmonics, (r,))
+
+
 @pytest.mark.parametrize(("lmax", "degree"), [(1, 2), (2, 4), (3, 6), (3, 9), (4, 12)])
 def test_grid_is_orthonormal_up_to_its_degree(lmax: int, degree: int) -> None:
     grid = SphereGrid(lmax, degree).double()
