@@ -46,9 +46,11 @@ FORMAT = 2
 
 def _with_plain_radial_functions(metadata: dict[str, Any]) -> dict[str, Any]:
     """Files of format 1 may lack options whose defaults are others now."""
-    own = metadata["hyperparameters"]
-    old = {"stretch": 0.0, "quartic": True} if metadata["model"] == "facet" else {"stretch": 0.0}
-    known = MODELS[metadata["model"]][1].model_fields
+    name, own = metadata.get("model"), metadata.get("hyperparameters")
+    if not isinstance(name, str) or name not in MODELS or not isinstance(own, dict):
+        return metadata  # no model of ours; who wants to build it says so
+    old = {"stretch": 0.0, "quartic": True} if name == "facet" else {"stretch": 0.0}
+    known = MODELS[name][1].model_fields
     missing = {key: x for key, x in old.items() if key in known and key not in own}
     return {**metadata, "hyperparameters": {**own, **missing}}
 
@@ -195,9 +197,9 @@ def load(
     """
     path = Path(path)
     tensors, metadata = read_tensors(path)
+    if metadata.get("kind", "potential") != "potential":  # formats are counted for each kind
+        raise CheckpointError(f"{path}: holds a {str(metadata['kind'])[:40]}, not a potential")
     metadata = _upgraded(metadata, path)
-    if metadata.get("kind") != "potential":
-        raise CheckpointError(f"{path}: holds a {str(metadata.get('kind'))[:40]}, not a potential")
     try:
         potential = _rebuilt(metadata, tensors)
     except (KeyError, TypeError, ValueError, RuntimeError, MemoryError, RecursionError) as error:
