@@ -69,6 +69,7 @@ def convert(
     *,
     overwrite: bool = False,
     allow_unfinished: bool = False,
+    allow_unlabelled: bool = False,
     level_of_theory: str = "",
     options: LabelOptions | None = None,
     **label_options: Any,
@@ -83,6 +84,7 @@ def convert(
         ``REF_forces`` and ``REF_stress`` (nine numbers, row by row) in extended XYZ
     overwrite : replace an existing output
     allow_unfinished : accept VASP outputs that were cut short, without their last frame
+    allow_unlabelled : accept structures without any label, as denoising needs none
     level_of_theory : text stored with the data
     options, label_options : fields of ``LabelOptions``: keys, units and conventions of the labels
 
@@ -135,9 +137,9 @@ def convert(
                     config_type=frame.config_type,
                     group=frame.group,
                 )
-            _finish(report, options)
+            _finish(report, options, allow_unlabelled)
     else:
-        write_ase(output, frames, lambda: _finish(report, options))
+        write_ase(output, frames, lambda: _finish(report, options, allow_unlabelled))
     for text in report.warnings:
         logger.warning(text)
     return report
@@ -270,7 +272,7 @@ def _check_geometry(atoms: Atoms, overlap: bool = False) -> None:
         )
 
 
-def _finish(report: ConversionReport, options: LabelOptions) -> None:
+def _finish(report: ConversionReport, options: LabelOptions, allow_unlabelled: bool) -> None:
     """Called when all frames were read and before the output appears."""
     for label in LABELS:
         key = getattr(options, f"{label}_key")
@@ -287,12 +289,12 @@ def _finish(report: ConversionReport, options: LabelOptions) -> None:
         raise ValueError(
             f"no structure has a virial under {options.virial_key!r}; found are {_found(report)}"
         )
-    if not report.sources:
+    if not report.sources and not allow_unlabelled:
         raise ValueError(
             f"no label was found in {report.num_structures} structures of "
             f"{', '.join(map(str, report.files[:5]))}; "
             f"found are {_found(report)}; name the keys (--energy-key, --forces-key, --stress-key, "
-            f"--virial-key)"
+            f"--virial-key), or pass allow_unlabelled (--unlabelled) if there are none"
         )
 
 

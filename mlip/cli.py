@@ -109,6 +109,7 @@ def convert(
     allow_unfinished: Annotated[
         bool, typer.Option("--allow-unfinished", help="Take VASP outputs that were cut short.")
     ] = False,
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="No labels needed.")] = False,
 ) -> None:
     """Convert labelled structures to a data file (OUT.h5), or a data file back (OUT.xyz).
 
@@ -132,6 +133,7 @@ def convert(
         paths[-1],
         overwrite=overwrite,
         allow_unfinished=allow_unfinished,
+        allow_unlabelled=unlabelled,
         level_of_theory=level_of_theory,
         options=LabelOptions(
             energy_key=energy_key,

@@ -155,9 +155,13 @@ def test_explicit_key_is_the_only_one_that_counts(source, tmp_path):
 
 def test_no_label_at_all_is_an_error(tmp_path):
     ase.io.write(tmp_path / "a.xyz", molecule("H2O"), format="extxyz")
-    with pytest.raises(ValueError, match="no label was found in 1 structures"):
+    with pytest.raises(ValueError, match=r"no label was found in 1 structures.*--unlabelled"):
         convert(tmp_path / "a.xyz", tmp_path / "a.h5")
     assert os.listdir(tmp_path) == ["a.xyz"]
+    # Denoising needs none.
+    report = convert(tmp_path / "a.xyz", tmp_path / "a.h5", allow_unlabelled=True)
+    assert report.num_structures == 1 and not report.sources
+    assert HDF5File(tmp_path / "a.h5").read(0).energy is None
 
 
 @pytest.mark.parametrize(
