@@ -167,7 +167,10 @@ def prepare_data(config: TrainConfig) -> RunData:
     train_set = _without_isolated(train_set, "training set")
     unlabelled = statistics.num_labels["energy"] == statistics.num_labels["forces"] == 0
     if unlabelled and config.denoising is None:
-        raise ValueError(f"{d.train}: neither energies nor forces to train on")
+        raise ValueError(
+            f"{d.train}: neither energies nor forces to train on; without labels there is "
+            "pre-training by the section denoising, {sigma: 0.05}"
+        )
     if distributed.rank() == 0:
         duplicates = find_duplicates({"train": train_set, "valid": valid, **tests})
         if duplicates.across:
@@ -244,6 +247,13 @@ def make_potential(config: TrainConfig, data: RunData) -> tuple[TrainConfig, Pot
     repulsion = ZBL() if config.model.repulsion == "zbl" else None
     model = build(config.model.name, **own)
     if config.wrapper is not None:
+        if model.exact_symmetry:
+            logger.warning(
+                "wrapper: rotations and reflections are exact for %s by construction; %s changes "
+                "nothing and costs several times as much. Leave the section out",
+                config.model.name,
+                config.wrapper.name,
+            )
         model = wrap(model, **config.wrapper.model_dump())
     cohesion = None if "least squares" in s.e0_source else fit_cohesion(data.train, s.e0)
     metadata = {k: v for k, v in metadata.items() if v is not None}

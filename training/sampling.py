@@ -122,7 +122,10 @@ class AdaptiveSampling:
         number, missing = len(self.names), [n for n in self.names if n not in known]
         what = f"sampling.by={config.by}: {train.path} has"
         if not 1 < number <= MAX_GROUPS:
-            raise ValueError(f"{what} {number} of them; 2 to {MAX_GROUPS} can be weighed")
+            raise ValueError(
+                f"{what} {number} of them; 2 to {MAX_GROUPS} can be weighed; take another 'by', or "
+                "name them in mlip convert (--config-type-key, --group-key)"
+            )
         if len(missing) == number:
             raise ValueError(f"{what} none that the validation set has; split the data otherwise")
         if missing:

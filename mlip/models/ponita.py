@@ -96,7 +96,8 @@ class PonitaConfig(Config):
         most = DEGREE[self.grid] // 2
         if self.degrees[1] > most:
             raise ValueError(
-                f"fiber_lmax={self.fiber_lmax}: {self.orientations} orientations resolve {most}"
+                f"fiber_lmax={self.fiber_lmax}: {self.orientations} orientations resolve {most}; "
+                "give no more than that, or more orientations"
             )
         return self
 

@@ -122,7 +122,10 @@ class FrameAveraging(nn.Module):
         ):
             raise ValueError(NO_FORCES)
         if options.kind not in GROUPS and getattr(model.config, "field", None) is not None:
-            raise ValueError(f"kind: {options.kind} turns the structure and not the field in it")
+            raise ValueError(
+                f"kind: {options.kind} turns the structure and not the field in it; take kind: "
+                "group24 or group60"
+            )
         for parameter in self.model.parameters():  # be where the model is
             self.to(device=parameter.device, dtype=parameter.dtype)
             break

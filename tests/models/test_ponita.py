@@ -206,7 +206,7 @@ def test_a_grid_turned_at_random_in_training_only() -> None:
 
 
 def test_a_grid_that_does_not_resolve_the_kernels_is_refused() -> None:
-    with pytest.raises(ConfigError, match="12 orientations resolve 2"):
+    with pytest.raises(ConfigError, match="12 orientations resolve 2; give"):
         build("ponita", orientations=12, fiber_lmax=3)
     with pytest.raises(ConfigError, match="orientations"):
         build("ponita", orientations=13)

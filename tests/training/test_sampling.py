@@ -207,7 +207,7 @@ def test_worst_groups_are_in_the_final_tables(configure: Configure, copper: Path
 
 
 def test_sampling_by_what_is_not_there(configure: Configure, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"sampling.by=group: .*train.h5 has 1 of them"):
+    with pytest.raises(ValueError, match=r"sampling.by=group: .*has 1 of them; .*--group-key"):
         train(configure(sampling={"by": "group"}))
     other = write_copper(tmp_path / "a.h5", 6, seed=5, element="Ag")
     both = {"train": str(other), "valid": str(other), "batch_size": 4}

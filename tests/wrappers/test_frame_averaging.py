@@ -24,7 +24,7 @@ from mlip.models import build
 from mlip.nn.rotations import random_rotations
 from mlip.potential import Potential
 from mlip.training.config import parse_training, to_yaml
-from mlip.training.run import train
+from mlip.training.run import make_potential, prepare_data, train
 from mlip.wrappers import unwrapped, wrap
 from mlip.wrappers.frame_averaging import FrameAveraging
 from mlip.wrappers.local_frames import step
@@ -423,7 +423,7 @@ def test_models_that_do_not_fit_are_refused(
         FrameAveraging(backbone("transip", direct_forces=True).model)
     with pytest.raises(ValueError, match="direct_forces: false"):
         framed(lopsided(direct=True))(graph(Atoms("O2", [[0, 0, 0], [0, 0, 1.1]])))
-    with pytest.raises(ValueError, match="the field in it"):
+    with pytest.raises(ValueError, match="the field in it; take kind: group24"):
         FrameAveraging(build("escaip", cutoff=4.0, angular="vectors", field="given"))
     with pytest.raises(ValueError, match="'kind'"):
         wrap(lopsided().model, "frame_averaging", kind="frames")
@@ -489,6 +489,21 @@ def test_one_switch_in_the_configuration(tmp_path: Path) -> None:
             energies.append(atoms.get_potential_energy())
         spread[name] = abs(energies[1] - energies[0])
     assert spread["framed"] < 1e-9 < 1e-6 < spread["bare"]
+
+
+def test_frames_around_an_exact_model_are_said_to_be_pointless(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = str(write_methanol(tmp_path / "train.h5"))
+    model = {"name": "ponita", "channels": 4, "message_channels": 2, "cutoff": CUTOFF}
+    wrapper = {"name": "frame_averaging", "kind": "group24"}
+    config = parse_training(settings(data, model=model, wrapper=wrapper))
+    for exact, pointwise in ((True, "product"), (False, "gelu")):
+        changed = {"pointwise": pointwise}
+        config = config.model_copy(update={"model": config.model.model_copy(update=changed)})
+        caplog.clear()
+        make_potential(config, prepare_data(config))
+        assert ("exact for ponita by construction; frame_averaging" in caplog.text) == exact
 
 
 def test_the_section_is_checked() -> None:
