@@ -46,13 +46,8 @@ def own_potentials(
         paths = find_models(model)
         found = [load(path, device=device, dtype=dtype).requires_grad_(False) for path in paths]
         for path, one in zip(paths, found, strict=True):
-            training = one.metadata.get("training")
-            if isinstance(training, dict) and training.get("objective") is not None:
-                warnings.warn(
-                    f"{path} was pre-trained ({str(training['objective'])[:40]}): its energies and "
-                    f"forces mean nothing yet; fine-tune it on labels with init_from",
-                    stacklevel=4,
-                )
+            if one.reservation is not None:
+                warnings.warn(f"{path} was {one.reservation}", stacklevel=4)
         return found
     if isinstance(model, Sequence) and model:
         return [one for member in model for one in own_potentials(member, device, dtype)]

@@ -79,6 +79,23 @@ class Potential(nn.Module):
         """Dtype of the model's parameters, in which it computes."""
         return next(self.model.parameters()).dtype
 
+    @property
+    def objective(self) -> str | None:
+        """What it was trained for, if not for energies and forces."""
+        training = self.metadata.get("training")
+        found = training.get("objective") if isinstance(training, dict) else None
+        return None if found is None else str(found)[:40]
+
+    @property
+    def reservation(self) -> str | None:
+        """What has to be known before its energies are used."""
+        if self.objective is None:
+            return None
+        return (
+            f"pre-trained ({self.objective}): its energies and forces mean nothing yet; fine-tune "
+            "it on labels with init_from"
+        )
+
     def invariants(self, features: Tensor) -> Tensor:
         """What rotations leave as it is, or would if the model had learned them, of ``features``
         (N, C): of vectors and tensors the squared lengths.

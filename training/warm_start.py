@@ -76,5 +76,4 @@ def start_from(potential: Potential, old: Potential, path: Path) -> str | None:
     potential.scale.copy_(old.scale)
     potential.cohesion = old.cohesion
     logger.info("weights of %s", path)
-    objective = old.metadata.get("training", {}).get("objective")
-    return None if objective is None else str(objective)
+    return old.objective

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -290,6 +291,8 @@ def evaluate_files(
     potential = load(
         find(model), device=_device(device), dtype=getattr(torch, dtype) if dtype else None
     )
+    if potential.reservation is not None:
+        warnings.warn(f"{model} was {potential.reservation}", stacklevel=2)
     potential = potential if wrap is None else wrap(potential)
     folders = [None if out is None else Path(out) for _ in data]
     if len(data) > 1:

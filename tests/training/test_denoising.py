@@ -18,6 +18,7 @@ from mlip.data.graph import AtomicGraph
 from mlip.data.hdf5 import HDF5Writer
 from mlip.data.neighbors import neighbor_list
 from mlip.data.transforms import RandomDisplacement
+from mlip.evaluation.evaluate import evaluate_files
 from mlip.training.config import TrainConfig
 from mlip.training.log import read_rows
 from mlip.training.run import train
@@ -122,6 +123,8 @@ def test_a_training_with_labels_starts_from_it(
     best = train(first)
     with pytest.warns(UserWarning, match="pre-trained .denoising.*init_from"):
         EqCalculator(best)
+    with pytest.warns(UserWarning, match="pre-trained .denoising.*init_from"):
+        evaluate_files(best, [copper / "test.h5"], device="cpu")
     frozen = {"lr": 1e-30, "muon_lr": 1e-30, "weight_decay": 0.0, "ema_decay": None}
     second = configure("second", init_from=str(best), optimizer=frozen, schedule={"max_epochs": 1})
     a, b = checkpoint.load(best), checkpoint.load(train(second))
