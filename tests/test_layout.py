@@ -71,13 +71,14 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "mlip.training": (
         {"mlip.training", "mlip.evaluation", "mlip.checkpoint", "mlip.potential", "mlip.data"}
         | {"mlip.models", "mlip.wrappers", "mlip.nn", "mlip.config", "mlip.pretrained"}
-        | {"mlip.allocator"},
+        | {"mlip.allocator", "mlip.backends", "mlip.compiled"},
         {"ase", "h5py", "matplotlib", "pydantic", "rich", "yaml", "torch_geometric", "tensorboard"}
         | {"wandb", "e3nn"},
     ),
     "mlip.calculators": (
         {"mlip.calculators", "mlip.checkpoint", "mlip.pretrained", "mlip.potential", "mlip.data"}
-        | {"mlip.rotation_orbit", "mlip.wrappers", "mlip.backends", "mlip.programfile"},
+        | {"mlip.rotation_orbit", "mlip.wrappers", "mlip.backends"}
+        | {"mlip.compiled", "mlip.programfile"},
         {"ase", "matscipy", "matplotlib", "rich", "scipy", "spglib"},
     ),
     "mlip.cli": ({"mlip"}, {"typer", "rich", "ase"}),
