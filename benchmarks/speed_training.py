@@ -57,18 +57,22 @@ def own(model: str, groups: list[list[Atoms]]) -> Callable[[], None]:
     """A model of this package."""
     from trainings import untrained
 
-    if "+" in model or Path(model).is_file():
+    model, _, way = model.partition("+")
+    if way not in ("", "compile") or Path(model).is_file():
         raise ValueError("models as they are trained only")
     numbers = sorted({int(z) for frames in groups for atoms in frames for z in atoms.numbers})
     side = Mlip()
     side.model = untrained(model, numbers)
     side.cutoff = side.model.cutoff
     batches = [side.batch([side.graph(atoms) for atoms in frames]) for frames in groups]
-    return own_step(side.model, cycle(batches))
+    return own_step(side.model, cycle(batches), compiled=way == "compile")
 
 
-def own_step(potential: Any, batches: Iterator[Any]) -> Callable[[], None]:
-    """As ``mlip train`` with its defaults, on energies and forces."""
+def own_step(
+    potential: Any, batches: Iterator[Any], *, compiled: bool = False
+) -> Callable[[], None]:
+    """As ``mlip train`` with its defaults, on energies and forces; or with ``runtime.compile``."""
+    from mlip.training.compiled_steps import compiled_steps
     from mlip.training.config import LossConfig, OptimizerConfig
     from mlip.training.loss import Objective
     from mlip.training.optimizer import AveragedWeights, make_optimizers
@@ -79,11 +83,13 @@ def own_step(potential: Any, batches: Iterator[Any]) -> Callable[[], None]:
     parameters = list(potential.parameters())
     average = AveragedWeights(parameters, config.ema_decay or 0.999)
 
+    stepped = compiled_steps(potential, next(batches)) if compiled else potential
+
     def step() -> None:
         graph = next(batches)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        objective(potential, graph, potential(graph)).backward()
+        objective(potential, graph, stepped(graph)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad or torch.inf)
         for optimizer in optimizers:
             optimizer.step()

@@ -168,6 +168,11 @@ class Compile:
 
     def convert(self, model: Any) -> Any:
         """Copy that is compiled when it is first called."""
+        self.require(model)
+        return Compiled(copy.deepcopy(model))
+
+    def require(self, model: Any) -> None:
+        """BackendError if this model cannot be one program."""
         if not isinstance(model, Facet | Gaunt | Ponita | TransIP):
             raise BackendError(
                 f"{self.name} is for Facet, Gaunt, Ponita and TransIP, not {type(model).__name__}"
@@ -176,7 +181,6 @@ class Compile:
             raise BackendError(f"{self.name} is for models whose forces are gradients")
         if getattr(model, "graph_inputs", ()) or getattr(model.config, "field", None) is not None:
             raise BackendError(f"{self.name} is for models that read no external field")
-        return Compiled(copy.deepcopy(model))
 
 
 BACKENDS: dict[str, Backend] = {

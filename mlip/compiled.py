@@ -81,16 +81,8 @@ class Compiled(nn.Module):
         return None if irreps is None else tuple(irreps)
 
     def forward(self, graph: AtomicGraph) -> NodeOutput:
-        Z = graph.atomic_numbers
-        N = len(Z)
-        # One slot and one atom more than there are: sizes 0 and 1 would be compiled anew.
-        hood = gather_neighborhoods(graph.vectors, graph.edge_index, N, self.config.cutoff)
-        empty = hood.vectors.new_tensor([0.0, 0.0, self.config.cutoff])
-        K = hood.vectors.shape[1]
-        v = torch.cat([hood.vectors, empty.expand(N, 1, 3)], dim=1)
-        v = torch.cat([v, empty.expand(1, K + 1, 3)])  # (N + 1, K + 1, 3)
-        neighbors = nn.functional.pad(hood.neighbors.view(N, K), (0, 1, 0, 1))
-        Z = nn.functional.pad(Z, (0, 1))
+        N = len(graph.atomic_numbers)
+        Z, v, neighbors = padded(graph, self.config.cutoff)
         if self._program is None:
             self._program = (self.ready or compiled)(self.model)
         with torch.no_grad():
@@ -104,6 +96,40 @@ class Compiled(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_program": None}
+
+
+class CompiledTraining(nn.Module):
+    """Energy model for steps of training: energies, features and their gradient by the vectors are
+    results of one compiled program, which is compiled together with its derivative by the weights.
+
+    Energies are correct, and so is the gradient of their sum over all atoms by the vectors, which
+    may be differentiated by the weights; that of some atoms' energies is not.
+
+    Parameters
+    ----------
+    model : as of ``Compiled``; its weights are shared
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._program: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+
+    @property
+    def config(self) -> Any:
+        """That of the model."""
+        return self.model.config
+
+    def forward(self, graph: AtomicGraph) -> NodeOutput:
+        N = len(graph.atomic_numbers)
+        Z, v, neighbors = padded(graph, self.config.cutoff)
+        if self._program is None:
+            self._program = torch.compile(traced_for_training(self.model), dynamic=True)
+        weights = list(self.model.parameters())
+        energy, features, g = self._program(weights, Z, v.detach(), neighbors)
+        # Nothing is added to the value; the derivative by v is g, that of g nothing.
+        energy = energy + ((v - v.detach()) * g).sum(dim=(1, 2))
+        return NodeOutput(energy[:N], features[:N])
 
 
 class _Known(torch.autograd.Function):
@@ -138,6 +164,21 @@ def compiled(model: Any) -> Program:
     return fast
 
 
+def padded(graph: AtomicGraph, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Z (N + 1), vectors (N + 1, K + 1, 3) and neighbours (N + 1, K + 1) of the neighbourhoods.
+
+    One slot and one atom more than there are: sizes 0 and 1 would be compiled anew.
+    """
+    N = len(graph.atomic_numbers)
+    hood = gather_neighborhoods(graph.vectors, graph.edge_index, N, cutoff)
+    empty = hood.vectors.new_tensor([0.0, 0.0, cutoff])
+    K = hood.vectors.shape[1]
+    v = torch.cat([hood.vectors, empty.expand(N, 1, 3)], dim=1)
+    v = torch.cat([v, empty.expand(1, K + 1, 3)])
+    neighbors = nn.functional.pad(hood.neighbors.view(N, K), (0, 1, 0, 1))
+    return nn.functional.pad(graph.atomic_numbers, (0, 1)), v, neighbors
+
+
 def exported(model: Any) -> ExportedProgram:
     """The same for compilation ahead of time."""
     from torch.export import Dim, export
@@ -160,11 +201,54 @@ def traced(model: Any) -> tuple[torch.fx.GraphModule, tuple[Tensor, Tensor, Tens
             (g,) = torch.autograd.grad(out.energy.sum(), v)
         return out.energy.detach(), out.features.detach(), g.detach()
 
-    # Sizes that differ from all others: equal ones would be taken for the same.
-    N, K = 17, 11
-    v = next(model.parameters()).new_tensor([0.0, 0.0, model.config.cutoff])
-    neighbors = torch.zeros(N, K, dtype=torch.int64, device=v.device)
-    example = (neighbors[:, 0] + 1, v.expand(N, K, 3).contiguous(), neighbors)
     trace = make_fx(program, tracing_mode="symbolic", _allow_non_fake_inputs=True)
     with torch.no_grad():
-        return trace(*example), example
+        return trace(*example(model)), example(model)
+
+
+def traced_for_training(model: Any) -> torch.fx.GraphModule:
+    """The same with a list of the weights as first input, all differentiable once more."""
+    from torch._decomp import get_decompositions
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    names = [name for name, _ in model.named_parameters()]
+
+    def program(
+        weights: list[Tensor], Z: Tensor, v: Tensor, neighbors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            v = v.detach().requires_grad_()
+            by_name = dict(zip(names, weights, strict=True))
+            out = torch.func.functional_call(model, by_name, (Laid(Z, v, neighbors),))
+            (g,) = torch.autograd.grad(out.energy.sum(), v, create_graph=True)
+        return out.energy, out.features, g
+
+    aten = torch.ops.aten
+    # Derivatives that have none themselves, as products and sums.
+    simpler: Any = get_decompositions(
+        [aten.silu_backward, aten.gelu_backward, aten._softmax_backward_data,
+         aten.native_layer_norm, aten.native_layer_norm_backward,
+         aten.slice_backward, aten.select_backward]
+    )  # fmt: skip
+    weights = [p.detach().requires_grad_() for p in model.parameters()]
+    trace = make_fx(
+        program, tracing_mode="symbolic", decomposition_table=simpler, _allow_non_fake_inputs=True
+    )
+    graph_module: torch.fx.GraphModule = trace(weights, *example(model))
+    # Results that an operation keeps for its derivative are recorded as constants, which they are
+    # not.
+    for node in graph_module.graph.nodes:
+        if node.target is aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
+    return graph_module
+
+
+def example(model: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of a program, with sizes that differ from all others: equal ones would be taken for
+    the same."""
+    N, K = 97, 89
+    v = next(model.parameters()).new_tensor([0.0, 0.0, model.config.cutoff])
+    neighbors = torch.zeros(N, K, dtype=torch.int64, device=v.device)
+    return neighbors[:, 0] + 1, v.expand(N, K, 3).contiguous(), neighbors

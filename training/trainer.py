@@ -35,6 +35,7 @@ from mlip.evaluation.metrics import Errors, ErrorSums, flat, line
 from mlip.evaluation.symmetry import SymmetryReport, sampled_symmetry_errors
 from mlip.potential import Potential
 from mlip.training import distributed, state
+from mlip.training.compiled_steps import compiled_steps, require_compilable
 from mlip.training.config import TrainConfig
 from mlip.training.log import RunLog
 from mlip.training.loss import Objective
@@ -97,6 +98,9 @@ class Trainer:
         self.sampling = sampling
         self.on_step = on_step
         self.device = potential.e0.device
+        self.stepped = potential  # what steps evaluate: with runtime.compile a compiled one
+        if config.runtime.compile:
+            require_compilable(potential)
         distributed.broadcast(potential.state_dict().values())
         distributed.broadcast(objective.modules.state_dict().values())
         self.parameters = [p for p in potential.parameters() if p.requires_grad]
@@ -212,7 +216,9 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
 
         try:
-            out = self.potential(graph, stress=self.objective.needs_stress)
+            if self.config.runtime.compile and self.stepped is self.potential:
+                self.stepped = compiled_steps(self.potential, graph)
+            out = self.stepped(graph, stress=self.objective.needs_stress)
             loss = self.objective(self.potential, graph, out, progress)
             loss.backward()
         except torch.OutOfMemoryError:

@@ -227,7 +227,7 @@ class _Gather(torch.autograd.Function):
         for l in range(L + 1):
             rows = slice(l * l, (l + 1) ** 2)
             block = g[:, :, l * B : (l + 1) * B].reshape(O, -1)
-            torch.mm(Y[:, rows].T, block, out=x[rows].view(2 * l + 1, -1))
+            x[rows].view(2 * l + 1, -1).addmm_(Y[:, rows].T, block, beta=0)
         return x
 
     @staticmethod
