@@ -277,7 +277,7 @@ def summary(turns: list[Row]) -> Row:
 
 
 def trainable(model: str) -> bool:
-    return "+" not in model and not Path(model).is_file()
+    return model.partition("+")[2] in ("", "compile") and not Path(model).is_file()
 
 
 def atoms_of(system: str) -> int:
