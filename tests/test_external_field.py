@@ -29,6 +29,8 @@ from tests.conftest import without_zeros
 FIELD = (0.3, -0.2, 0.5)
 SMALL: dict[str, dict[str, Any]] = {
     "facet": dict(channels=8, lmax=2, num_basis=4, hidden=12, message_channels=(6, 4)),
+    "gaunt": dict(channels=8, lmax=2, num_basis=4, hidden=12, message_channels=(6, 4)),
+    "ponita": dict(channels=8, num_basis=4, hidden=12, message_channels=4),
     "escaip": dict(hidden=12, node_hidden=16, num_heads=2, angular_channels=(3, 2, 1)),
 }
 
@@ -132,6 +134,15 @@ def test_each_structure_of_a_batch_has_its_own(name: str) -> None:
     R = random_rotations(3, generator=torch.Generator().manual_seed(0))
     again = potential(rotated_each(AtomicGraph.collate(graphs), R))["energy"]
     assert (again - singles).abs().max() < 1e-9
+
+
+def test_ponita_needs_directions_for_it() -> None:
+    with pytest.raises(ValueError, match="fiber_lmax of 1 or more"):
+        build("ponita", orientations=0, field="given")
+    with pytest.raises(ValueError, match="proper_rotations"):
+        build("ponita", random_grid=True, field="given")
+    assert build("ponita", field="given").exact_groups
+    assert not build("ponita", field=(0.0, 0.0, 1.0)).exact_groups
 
 
 def test_a_missing_field_is_an_error(name: str) -> None:

@@ -38,7 +38,7 @@ from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.nn.constant import Constant
 from mlip.nn.density import Density, EdgeBasis
 from mlip.nn.gaunt_product import GauntProduct
-from mlip.nn.layers import InvariantMLP, soft_norm
+from mlip.nn.layers import ExternalField, InvariantMLP, soft_norm
 from mlip.nn.sphere_grid import SphereGrid
 from mlip.nn.spherical import degree_of_component
 
@@ -132,7 +132,7 @@ class Layer(nn.Module):
             nn.Linear(C if l == 0 else 2 * C, S, bias=False) for l, S in enumerate(degrees)
         )
         self.density = Density(L, c.num_basis, degrees, 2 * C)
-        self.field = nn.Linear(2 * C, 2 * C, bias=False) if c.field is not None else None
+        self.field = ExternalField(2 * C) if c.field is not None else None
         self.species_gate = nn.Linear(C, 2 * C, bias=False)
         self.product = GridProduct(L, C, c.grid, c.grid_degree or 3 * L)
         self.invariants = Invariants(L)
@@ -159,7 +159,7 @@ class Layer(nn.Module):
                 messages.append(g.transpose(0, 1).flatten(1))  # (N, (2l+1) S)
         A = self.density(edges, messages, neighbors)  # (LM, N, 2C)
         if self.field is not None and field is not None:
-            A = torch.cat([A[:1], A[1:4] + field.T[..., None] * self.field(A[0]), A[4:]])
+            A = self.field(A, field)
         A = A * (soft_norm(A, (0, 2))[:, None] * (1 + self.species_gate(species)))
         U, V = A.split(self.channels, dim=-1)
         P = self.product(U, V)  # (LM, N, C)

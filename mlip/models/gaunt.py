@@ -4,6 +4,7 @@ Features h_i are O(3) irreps of natural parity with equal multiplicities, h[lm, 
 layer, with the density A of degrees l <= L:
 
     A_i[lm, c]   = n^-1/2 sum_j sum W CG ( Y(r_ij) B(r_ij) f(r_ij) x g_j ),   g_j = W h_j   density
+    A_i[1m, c]  += F_m sum W A_i[00]                     F an external field, where there is one
     B2_i, B3_i   = project ( a_i(n)^2 ),  project ( a_i(n)^3 )         products of order 2 and 3
     m_i[lm, c]   = W_l [ A_i, w_2l(Z_i) B2_i, w_3l(Z_i) B3_i ]                      message
     h_i          <- h_i + m_i,       E_i <- E_i + readout( MLP(m_i[00], Z_i) )
@@ -24,6 +25,7 @@ Cost: O(E LM B S) + O(N LM C^2), memory O(E LM B + N LM C).
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.nn.constant import Constant
 from mlip.nn.density import Density, EdgeBasis
 from mlip.nn.gaunt_product import BracketProduct, GauntPolynomial
-from mlip.nn.layers import InvariantMLP, soft_norm
+from mlip.nn.layers import ExternalField, InvariantMLP, soft_norm
 from mlip.nn.spherical import degree_of_component
 
 
@@ -60,6 +62,11 @@ class GauntConfig(Config):
     )
     antisymmetric: bool = Field(
         False, description="add products of odd degree l1 + l2 + l3, which functions do not have"
+    )
+    field: Literal["given"] | tuple[float, float, float] | None = Field(
+        None,
+        description="external vector: given with each structure, or a fixed one, such as the "
+        "normal (0, 0, 1) of slabs; null: none",
     )
     avg_num_neighbors: float = Field(
         20.0, gt=0, description="scale of sums over neighbours, from the training set"
@@ -100,17 +107,27 @@ class Gaunt(nn.Module):
 
     @property
     def exact_symmetry(self) -> bool:
-        """Rotations and reflections are exact: the grids integrate all that is on them."""
-        return True
+        """Rotations and reflections, of a given field as well, are exact, unless a fixed field
+        singles out an axis: the grids integrate all that is on them."""
+        return self.config.field in (None, "given")
+
+    @property
+    def graph_inputs(self) -> tuple[str, ...]:
+        """What the model reads besides the geometry."""
+        return ("field",) if self.config.field == "given" else ()
 
     def forward(self, graph: AtomicGraph) -> NodeOutput:
         N = graph.atomic_numbers.shape[0]  # unlike len(), a symbol to a compiler
         edges, hood = self.edges(graph.vectors, graph.edge_index, N)
         species = self.embed(graph.atomic_numbers)  # (N, C)
         h = species[None]  # (LM, N, C), here of degree 0
+        field = None
+        if self.config.field is not None:
+            fixed = None if self.config.field == "given" else self.config.field
+            field = graph.external_field(fixed).to(species.dtype)  # (N, 3)
         energy = torch.zeros_like(species[:, 0])
         for layer in self.layers:
-            m, e = layer(h, species, edges, hood.neighbors)
+            m, e = layer(h, species, edges, hood.neighbors, field)
             h = torch.cat([h[: len(m)] + m[: len(h)], m[len(h) :]])  # the last has scalars alone
             energy = energy + e
         return NodeOutput(energy=energy, features=h[0])
@@ -124,19 +141,22 @@ class Layer(nn.Module):
         C, degrees = c.channels, c.message_channels[: lmax_in + 1]
         self.send = nn.ModuleList(nn.Linear(C, S, bias=False) for S in degrees)
         self.density = Density(c.lmax, c.num_basis, degrees, c.factors * C)
+        self.field = ExternalField(c.factors * C) if c.field is not None else None
         self.products = NodeProducts(c, lmax_out)
         self.mlp = InvariantMLP(C, c.hidden, C, C)
         self.readout = nn.Linear(C, 1, bias=False)
         nn.init.zeros_(self.readout.weight)  # training starts from the reference energies
 
     def forward(
-        self, h: Tensor, species: Tensor, edges: Tensor, neighbors: Tensor
+        self, h: Tensor, species: Tensor, edges: Tensor, neighbors: Tensor, field: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         messages = [
             send(h[l * l : (l + 1) ** 2]).transpose(0, 1).flatten(1)  # (N, (2l+1) S)
             for l, send in enumerate(self.send)
         ]
         A = self.density(edges, messages, neighbors)  # (LM, N, F C)
+        if self.field is not None and field is not None:
+            A = self.field(A, field)
         m = self.products(A * soft_norm(A, (0, 2))[:, None], species)  # (LM', N, C)
         return m, self.readout(self.mlp(m[0], species)).squeeze(-1)
 

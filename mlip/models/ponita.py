@@ -5,6 +5,7 @@ weights w_o of sum one (``mlip.nn.orientations``).  One layer; g_j are few chann
 
     T_i[nl s](o) = n^-1/2 sum_j R_n(r_ij) f(r_ij) P_l(r_ij.o / |r_ij|) g_j[s](o)       space
     A_i[lm, c]   = sum_o w_o Y_lm(o) sum W_l^c T_i(o) + W_l^c x_i(o),   l <= t/2       orientations
+    A_i[1m, c]  += F_m sum W A_i[00]                     F an external field, where there is one
     a, b         = sum_lm Y_lm(o) A_i[lm] / norm_i
     h_i(o)       = phi(a) (1 + b + gate_i),            q_i = sum_o w_o h_i(o)          pointwise
     x_i(o) <- x_i(o) + W h_i(o) + MLP(q_i),            E_i <- E_i + readout(MLP(q_i))
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 from mlip.config import Config
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.nn.constant import Constant
-from mlip.nn.layers import soft_norm
+from mlip.nn.layers import ExternalField, soft_norm
 from mlip.nn.neighborhoods import gather_neighborhoods
 from mlip.nn.orientations import DEGREE, Orientations
 from mlip.nn.radial import bessel, polynomial_envelope
@@ -74,6 +75,11 @@ class PonitaConfig(Config):
     random_grid: bool = Field(
         False, description="in training turn the orientations at random, for each structure anew"
     )
+    field: Literal["given"] | tuple[float, float, float] | None = Field(
+        None,
+        description="external vector: given with each structure, or a fixed one, such as the "
+        "normal (0, 0, 1) of slabs; null: none",
+    )
     avg_num_neighbors: float = Field(
         20.0, gt=0, description="scale of sums over neighbours, from the training set"
     )
@@ -98,6 +104,13 @@ class PonitaConfig(Config):
             raise ValueError(
                 f"fiber_lmax={self.fiber_lmax}: {self.orientations} orientations resolve {most}; "
                 "give no more than that, or more orientations"
+            )
+        if self.field is not None and self.degrees[1] == 0:
+            raise ValueError("field needs fiber_lmax of 1 or more, and orientations for it")
+        if self.field is not None and self.random_grid:
+            raise ValueError(
+                "random_grid would leave the field where it is; set random_grid: false and show "
+                "rotated structures, data.augment: proper_rotations"
             )
         return self
 
@@ -125,8 +138,11 @@ class Ponita(nn.Module):
 
     @property
     def exact_symmetry(self) -> bool:
-        """Rotations and reflections are exact if the grid integrates all that is summed over o."""
+        """Rotations and reflections, of a given field as well, are exact if the grid integrates all
+        that is summed over o, unless a fixed field singles out an axis."""
         c = self.config
+        if c.field not in (None, "given"):
+            return False
         if c.orientations == 0:
             return True
         L, fiber = c.degrees
@@ -137,7 +153,12 @@ class Ponita(nn.Module):
     @property
     def exact_groups(self) -> tuple[str, ...]:
         """Rules of ``mlip.nn.rotations`` over which an average changes nothing."""
-        return self.grid.groups
+        return self.grid.groups if self.config.field in (None, "given") else ()
+
+    @property
+    def graph_inputs(self) -> tuple[str, ...]:
+        """What the model reads besides the geometry."""
+        return ("field",) if self.config.field == "given" else ()
 
     def forward(self, graph: AtomicGraph) -> NodeOutput:
         c = self.config
@@ -154,12 +175,15 @@ class Ponita(nn.Module):
         kernels = self.kernels(edges) if c.num_layers > 1 else None  # (O N, K, J)
 
         species = self.embed(graph.atomic_numbers)  # (N, C)
+        field = None
+        if c.field is not None:
+            field = graph.external_field(None if c.field == "given" else c.field).to(species.dtype)
         x = None
         scalars = torch.zeros_like(species)
         energy = torch.zeros_like(species[:, 0])
         for layer in cast(Iterable[Layer], self.layers):
             A = layer.convolution(x, species, edges if x is None else kernels, hood.neighbors)
-            x, update, e = layer(x, species, A)
+            x, update, e = layer(x, species, A, field)
             scalars, energy = scalars + update, energy + e
         return NodeOutput(energy=energy, features=scalars)
 
@@ -331,6 +355,7 @@ class Layer(nn.Module):
         C = c.channels
         self.grid = [grid]
         self.convolution = convolution
+        self.field = ExternalField(2 * C) if c.field is not None else None
         self.activation = nn.GELU() if c.pointwise == "gelu" else nn.Identity()
         self.gate = nn.Linear(3 * C, C, bias=False)
         last = number == c.num_layers - 1
@@ -340,10 +365,13 @@ class Layer(nn.Module):
         nn.init.zeros_(self.readout.weight)  # training starts from the reference energies
 
     def forward(
-        self, x: Tensor | None, species: Tensor, A: Tensor
+        self, x: Tensor | None, species: Tensor, A: Tensor, field: Tensor | None
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Features (O, N, C), species (N, C), coefficients (LM, N, 2C) of the convolution."""
+        """Features (O, N, C), species (N, C), coefficients (LM, N, 2C) of the convolution, field
+        (N, 3)."""
         (grid,) = self.grid
+        if self.field is not None and field is not None:
+            A = self.field(A, field)
         A = A * soft_norm(A, (0, 2))[:, None]
         gate = self.gate(torch.cat([species, nn.functional.silu(A[0])], dim=-1))  # (N, C)
         a, b = grid.synthesis(A).chunk(2, dim=-1)  # (O, N, C)

@@ -15,6 +15,20 @@ def soft_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return torch.rsqrt(1 + x.square().mean(dim=dims))
 
 
+class ExternalField(nn.Linear):
+    """An external vector F (N, 3) in a density (LM, N, C): A_i[1m] + F_m W A_i[00].
+
+    Where there are no neighbours there is no density, and the vector changes nothing.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, bias=False)
+
+    def forward(self, A: Tensor, field: Tensor) -> Tensor:  # type: ignore[override]
+        vectors = A[1:4] + field.T[..., None] * super().forward(A[0])
+        return torch.cat([A[:1], vectors, A[4:]])
+
+
 class InvariantMLP(nn.Module):
     """Three layers without biases, the first gated by the species: zero in, zero out."""
 
