@@ -85,7 +85,7 @@ def test_the_harmonic_energy_is_learned(configure: Configure, tmp_path: Path) ->
         data={"train": str(tmp_path / "one.h5"), "valid": str(tmp_path / "one.h5")},
         model={**SMALL, "num_layers": 2, "lmax": 2, "hidden": 16},
         denoising={"sigma": sigma},
-        schedule={"max_epochs": 7, "valid_every": 7},
+        schedule={"max_epochs": 12, "valid_every": 12},
         optimizer={"ema_decay": 0.8, "lr": 0.01, "muon_lr": 0.02},
         precision={"dtype": "float32"},
     )
