@@ -122,20 +122,21 @@ def measure_cost(model: str, what: str) -> Row:
 
 
 def table(rows: list[Row], minutes: float) -> str:
-    """Models that have all of it, by their error on ethanol; what is missing is empty."""
+    """Models by their error on ethanol; what is missing is empty, and columns of nothing else are
+    left out."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    lines = [
-        "| model | parameters | Si 216, ms/atom | molecule, ms/atom | training, molecules/s "
-        "| memory: Si 216 / training, MiB | Si: E (meV/atom) | F (meV/Å) | ethanol: E (meV) "
-        "| F (meV/Å) | rotation error of F, ethanol (meV/Å) | symmetry | conservative |",
-        "|---|" + "---:|" * 10 + "---|---|",
-    ]
+    heads = [
+        "model", "parameters", "Si 216, ms/atom", "molecule, ms/atom", "training, molecules/s",
+        "memory: Si 216 / training, MiB", "Si: E (meV/atom)", "Si: F (meV/Å)", "ethanol: E (meV)",
+        "ethanol: F (meV/Å)", "rotation error of F, ethanol (meV/Å)", "symmetry", "conservative",
+    ]  # fmt: skip
     found = []
     for model in models:
         costs = {what: one(rows, model=model, cost=what) for what in COSTS}
         si, ethanol = (one(rows, model=model, set=s, minutes=minutes) for s in ("Si", "ethanol"))
         some = next((row for row in costs.values() if row), {})
         cells = [
+            f"`{model}`",
             spaced(some["parameters"]) if some else "",
             *(number(costs[w], "ms", 1 / costs[w].get("atoms", 1)) for w in ("Si216", "molecule")),
             f"{5e3 / costs['training']['ms']:.3g}" if costs["training"] else "",
@@ -145,8 +146,11 @@ def table(rows: list[Row], minutes: float) -> str:
             {True: "exact", False: "learned", None: ""}[some.get("exact_symmetry")],
             {True: "yes", False: "no", None: ""}[some.get("conservative")],
         ]
-        found.append((ethanol.get("forces_mae", 1e9), f"| `{model}` | {' | '.join(cells)} |"))
-    return "\n".join([*lines, *(line for _, line in sorted(found))])
+        found.append((ethanol.get("forces_mae", 1e9), cells))
+    lines = [heads, *(cells for _, cells in sorted(found))]
+    kept = [k for k in range(len(heads)) if any(cells[k] for cells in lines[1:])]
+    lines.insert(1, ["---" if k in (0, 11, 12) else "---:" for k in range(len(heads))])
+    return "\n".join(f"| {' | '.join(cells[k] for k in kept)} |" for cells in lines)
 
 
 def table_of_3bpa(rows: list[Row]) -> str:
