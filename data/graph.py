@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -185,23 +185,23 @@ class AtomicGraph(Data):
             other[key] = value
         return other
 
-    def external_field(self, fixed: Sequence[float] | None = None) -> Tensor:
-        """(N, 3) the external vector at each atom: ``fixed``, else that of the atom's structure.
+    def external_field(self, which: Literal["given"] | Sequence[float]) -> Tensor:
+        """(N, 3) the external vector at each atom in the dtype of the edges: the given one of its
+        structure, or one for all.
 
         Raises
         ------
         ValueError
             If a structure has none.
         """
-        if fixed is not None:
-            vector = torch.tensor(fixed, dtype=torch.float64, device=self.positions.device)
-            return vector.expand(len(self.atomic_numbers), 3)
+        if which != "given":
+            return self.vectors.new_tensor(which).expand(len(self.atomic_numbers), 3)
         if "field" not in self or bool(self.field.isnan().any()):
             raise ValueError(
                 "the model reads an external field and a structure has none; give 3 numbers as "
                 "atoms.info['field'], or as column 'field' of the data file; zeros for no field"
             )
-        return self.field.index_select(0, self.batch)
+        return self.field.index_select(0, self.batch).to(self.vectors.dtype)
 
     def strained(self, strain: Tensor) -> AtomicGraph:
         """Copy under r -> r (1 + eps), eps the symmetric part of ``strain`` (G, 3, 3)."""

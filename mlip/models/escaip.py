@@ -161,8 +161,7 @@ class EScAIP(nn.Module):
         h = h if share is None else share(h, nodes)
         field = None
         if self.config.field is not None:
-            fixed = None if self.config.field == "given" else self.config.field
-            field = graph.external_field(fixed).to(h.dtype)  # (N, 3)
+            field = graph.external_field(self.config.field)  # (N, 3)
             field = field if order is None else field[order]
         e = self.edge_input(h, A, hoods, field)
         states = [h]

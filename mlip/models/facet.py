@@ -111,9 +111,7 @@ class Facet(nn.Module):
 
         species = self.embed(graph.atomic_numbers)  # (N, C)
         scalars, steerable = species, None
-        field = None
-        if c.field is not None:
-            field = graph.external_field(None if c.field == "given" else c.field).to(species.dtype)
+        field = None if c.field is None else graph.external_field(c.field)  # (N, 3)
         energy = torch.zeros_like(species[:, 0])
         for layer in self.layers:
             scalars, steerable, e = layer(scalars, steerable, species, edges, hood.neighbors, field)

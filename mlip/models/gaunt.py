@@ -117,14 +117,12 @@ class Gaunt(nn.Module):
         return ("field",) if self.config.field == "given" else ()
 
     def forward(self, graph: AtomicGraph) -> NodeOutput:
+        c = self.config
         N = graph.atomic_numbers.shape[0]  # unlike len(), a symbol to a compiler
         edges, hood = self.edges(graph.vectors, graph.edge_index, N)
         species = self.embed(graph.atomic_numbers)  # (N, C)
         h = species[None]  # (LM, N, C), here of degree 0
-        field = None
-        if self.config.field is not None:
-            fixed = None if self.config.field == "given" else self.config.field
-            field = graph.external_field(fixed).to(species.dtype)  # (N, 3)
+        field = None if c.field is None else graph.external_field(c.field)  # (N, 3)
         energy = torch.zeros_like(species[:, 0])
         for layer in self.layers:
             m, e = layer(h, species, edges, hood.neighbors, field)

@@ -175,9 +175,7 @@ class Ponita(nn.Module):
         kernels = self.kernels(edges) if c.num_layers > 1 else None  # (O N, K, J)
 
         species = self.embed(graph.atomic_numbers)  # (N, C)
-        field = None
-        if c.field is not None:
-            field = graph.external_field(None if c.field == "given" else c.field).to(species.dtype)
+        field = None if c.field is None else graph.external_field(c.field)  # (N, 3)
         x = None
         scalars = torch.zeros_like(species)
         energy = torch.zeros_like(species[:, 0])
