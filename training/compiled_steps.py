@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -38,6 +40,9 @@ def require_compilable(potential: Potential) -> None:
 def compiled_steps(potential: Potential, graph: AtomicGraph) -> Potential:
     """The same potential, for steps of training only; compiled and tried with this batch.
 
+    It is tried with weights moved at random, which are put back to the bit: a new model has zeros
+    at its ends, behind which a wrong program would not be seen.
+
     Raises
     ------
     BackendError
@@ -47,14 +52,15 @@ def compiled_steps(potential: Potential, graph: AtomicGraph) -> Potential:
     require_compilable(potential)
     start = time.monotonic()
     fast = potential.with_model(CompiledTraining(potential.model))
-    right = _probe(potential, potential, graph)
-    try:
-        found = _probe(fast, potential, graph)
-    except Exception as problem:  # compilers raise whatever they like
-        first = (str(problem).splitlines() or [""])[0]
-        raise BackendError(
-            f"runtime.compile: compiling failed: {type(problem).__name__}: {first}; {REMEDY}"
-        ) from problem
+    with _moved(potential):
+        right = _probe(potential, potential, graph)
+        try:
+            found = _probe(fast, potential, graph)
+        except Exception as problem:  # compilers raise whatever they like
+            first = (str(problem).splitlines() or [""])[0]
+            raise BackendError(
+                f"runtime.compile: compiling failed: {type(problem).__name__}: {first}; {REMEDY}"
+            ) from problem
     for name, value in right.items():
         size, error = (float(x.abs().max()) for x in (value, found[name] - value))
         if not error <= TOLERANCE[potential.dtype] * size:
@@ -66,8 +72,24 @@ def compiled_steps(potential: Potential, graph: AtomicGraph) -> Potential:
     return fast
 
 
+@contextmanager
+def _moved(potential: Potential) -> Iterator[None]:
+    """Weights with normal numbers of a tenth added, as they were afterwards."""
+    generator = torch.Generator().manual_seed(0)  # torch's own is that of the training
+    kept = [(p, p.detach().clone()) for p in potential.parameters()]
+    try:
+        with torch.no_grad():
+            for p, _ in kept:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p))
+        yield
+    finally:
+        with torch.no_grad():
+            for p, old in kept:
+                p.copy_(old)
+
+
 def _probe(potential: Potential, owner: Potential, graph: AtomicGraph) -> dict[str, Tensor]:
-    """Energies, forces, virials, and the gradient of a loss of all of them by the weights."""
+    """Energies, forces, stresses, and the gradient of a loss of all of them by the weights."""
     out = potential(graph, stress=True)
     e0 = potential.e0[graph.atomic_numbers]
     named = {"energies": out["node_energy"] - e0, "forces": out["forces"]}

@@ -94,6 +94,8 @@ def test_compiled_by_the_compiler() -> None:
 @pytest.mark.usefixtures("traced")
 def test_another_program_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, right = potential("facet"), mlip.compiled.traced_for_training
+    new = Potential(build("facet", cutoff=CUTOFF, **TINY["facet"]), plain.e0).double().train()
+    assert not new(batch(WATER))["forces"].any()  # of a new model all energies are zero
 
     def made(change: Callable[..., Any]) -> Callable[..., Any]:
         return lambda model: lambda *inputs: change(*right(model)(*inputs))
@@ -106,8 +108,11 @@ def test_another_program_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         (constant, "gradients .* differ by"),
     ):
         monkeypatch.setattr(mlip.compiled, "traced_for_training", made(change))
-        with pytest.raises(BackendError, match=rf"{words} .*set runtime.compile: false"):
-            compiled_steps(plain, batch(WATER, SILICON))
+        for each in (plain, new):
+            before = [p.detach().clone() for p in each.parameters()]
+            with pytest.raises(BackendError, match=rf"{words} .*set runtime.compile: false"):
+                compiled_steps(each, batch(WATER, SILICON))
+            assert all(map(torch.equal, each.parameters(), before))
 
 
 def test_what_cannot_be_compiled_says_so_before_the_training(
