@@ -200,6 +200,8 @@ def load(
     if metadata.get("kind", "potential") != "potential":  # formats are counted for each kind
         raise CheckpointError(f"{path}: holds a {str(metadata['kind'])[:40]}, not a potential")
     metadata = _upgraded(metadata, path)
+    if "kind" not in metadata:
+        raise CheckpointError(f"{path}: lacks the entry kind")
     try:
         potential = _rebuilt(metadata, tensors)
     except (KeyError, TypeError, ValueError, RuntimeError, MemoryError, RecursionError) as error:
