@@ -313,8 +313,7 @@ def test_a_liar_gets_an_error_and_little_memory(file: Path, lie: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["kind", "model", "hyperparameters", "dtype", "units", "elements", "cutoff", "repulsion"]
-    + ["format"],
+    "kind model hyperparameters dtype units elements cutoff repulsion format".split(),
 )
 def test_missing_metadata_are_named(file: Path, key: str) -> None:
     forge(file, lambda metadata, tensors: metadata.pop(key) and None)
