@@ -81,9 +81,9 @@ class EqCalculator(Calculator):
         end over reflections, too, which doubles the copies.  Costs as many times the model.
     accelerate : str or sequence of str, optional
         ``"compile"``: one compiled program, about a minute the first time, not for all models;
-        ``"splines"``: tables in place of MACE's radial networks; ``"cuequivariance"``: kernels for
-        MACE on a GPU; ``"auto"``: what is known to pay at once for the model, or nothing.  Each is
-        checked against the plain model in float64 first.
+        ``"cudagraph"``: one recorded for a GPU; ``"splines"``: tables in place of MACE's radial
+        networks; ``"cuequivariance"``: its kernels; ``"auto"``: what is known to pay at once for
+        the model, or nothing.  Each is checked against the plain model in float64 first.
     program : str or path, optional
         The same as ``"compile"``, compiled before by ``mlip compile`` and checked alike.  Such a
         file is code that runs when it is loaded: give only one that you made or trust.
@@ -155,7 +155,8 @@ class EqCalculator(Calculator):
         self._energy_unit, self._length_unit = float(energy_units_to_eV), float(length_units_to_A)
         self.hessian_unit = self._energy_unit / self._length_unit**2
         self._inputs = InfoInputs(self.potentials, info_keys, field)
-        self._caches = {p.cutoff: NeighborCache(p.cutoff, skin) for p in self.potentials}
+        cutoffs = {p.cutoff for p in self.potentials}
+        self._caches = {c: NeighborCache(c, skin, self.device) for c in cutoffs}
         self._known = np.all(
             [~p.e0.isnan().cpu().numpy() for p in self.potentials], axis=0
         )  # (119,)
@@ -224,7 +225,7 @@ class EqCalculator(Calculator):
         """A calculator with the same weights, and neighbour lists and results of its own."""
         other = copy.copy(self)
         other.skin = self.skin if skin is None else skin
-        other._caches = {c: NeighborCache(c, other.skin) for c in self._caches}
+        other._caches = {c: cache.anew(skin) for c, cache in self._caches.items()}
         other._lock = threading.RLock()
         other.parameters = copy.copy(self.parameters)
         other.atoms, other.results = None, {}
@@ -371,8 +372,8 @@ class EqCalculator(Calculator):
             positions=torch.from_numpy(positions),
             cell=torch.from_numpy(cell)[None],
             pbc=torch.from_numpy(np.array(atoms.pbc))[None],
-            edge_index=torch.from_numpy(edges.edge_index),
-            cell_shifts=torch.from_numpy(edges.shifts),
+            edge_index=edges.edge_index,
+            cell_shifts=edges.shifts,
             batch=torch.zeros(n, dtype=torch.int64),
             ptr=torch.tensor([0, n]),
             num_nodes=n,
@@ -474,7 +475,7 @@ class EqCalculator(Calculator):
 
     def __getstate__(self) -> dict[str, Any]:
         # A lock belongs to one process; lists of neighbours are made again.
-        state = self.__dict__ | {"_caches": {c: NeighborCache(c, self.skin) for c in self._caches}}
+        state = self.__dict__ | {"_caches": {c: cache.anew() for c, cache in self._caches.items()}}
         del state["_lock"]
         return state
 

@@ -9,6 +9,9 @@ from where the strain alone would have put it, every pair left out, |v0| >= cuto
 with s_min the smallest singular value and d any common translation.  The list is made anew when
 this bound is no longer above the cutoff: exact for moving atoms and for strained, sheared and
 rotated cells alike.
+
+Lists of large systems are made and kept on the GPU, if the model is there: each step sends the
+positions and nothing else.
 """
 
 from __future__ import annotations
@@ -16,19 +19,23 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from ase.geometry import complete_cell
+from torch import Tensor
 
+from mlip.data.device_neighbors import neighbor_list_on
 from mlip.data.neighbors import neighbor_list
 
 SLACK = 1e-9  # angstrom; rounding of the bound itself
+LARGE = 2000  # atoms; lists of fewer are made by the processor before a GPU has begun
 
 
 class Edges(NamedTuple):
     """Pairs within the cutoff, ordered by (i, j, shift)."""
 
-    edge_index: np.ndarray  # (2, E) int64, neighbour j and centre i
-    shifts: np.ndarray  # (E, 3) float64, integers
-    lengths: np.ndarray  # (E,) angstrom
+    edge_index: Tensor  # (2, E) int64, neighbour j and centre i
+    shifts: Tensor  # (E, 3) float64, integers
+    lengths: Tensor  # (E,) float64, angstrom
 
 
 class _Reference(NamedTuple):
@@ -37,8 +44,8 @@ class _Reference(NamedTuple):
     positions: np.ndarray  # (N, 3)
     pbc: np.ndarray  # (3,)
     cell: np.ndarray  # (3, 3), non-periodic directions completed
-    edge_index: np.ndarray  # (2, E)
-    shifts: np.ndarray  # (E, 3)
+    edge_index: Tensor  # (2, E)
+    shifts: Tensor  # (E, 3)
 
 
 class NeighborCache:
@@ -49,15 +56,21 @@ class NeighborCache:
     cutoff : float, angstrom
     skin : float, angstrom
         Extra radius of the stored list.  It changes the time, never the result.
+    device : where edges of large systems are wanted; those of others are on the processor
     """
 
-    def __init__(self, cutoff: float, skin: float) -> None:
+    def __init__(self, cutoff: float, skin: float, device: torch.device | str = "cpu") -> None:
         if not (np.isfinite(skin) and skin >= 0):
             raise ValueError(f"skin = {skin} angstrom; give a number >= 0")
         self.cutoff, self.skin = float(cutoff), float(skin)
+        self.device = torch.device(device)
         self.num_builds = 0  # how often a list was made
         self._reference: _Reference | None = None
-        self._offsets: tuple[np.ndarray, np.ndarray] | None = None  # cell, shifts @ cell
+        self._offsets: tuple[np.ndarray, Tensor] | None = None  # cell, shifts @ cell
+
+    def anew(self, skin: float | None = None) -> NeighborCache:
+        """One without a list, with another skin or the same."""
+        return NeighborCache(self.cutoff, self.skin if skin is None else skin, self.device)
 
     def edges(self, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> Edges:
         """Edges of a structure: positions (N, 3) and cell (3, 3) in angstrom, pbc (3,)."""
@@ -66,15 +79,16 @@ class NeighborCache:
         if reference is None or not self._complete(reference, positions, full, pbc):
             reference = self._build(positions, cell, full, pbc)
         j, i = reference.edge_index
-        vectors = positions.take(j, axis=0)
-        vectors -= positions.take(i, axis=0)
+        r = torch.from_numpy(positions).to(j.device)
+        vectors = r.index_select(0, j)
+        vectors -= r.index_select(0, i)
         vectors += self._cell_offsets(reference, full)
-        squares = np.einsum("ec,ec->e", vectors, vectors)
-        kept = np.flatnonzero(squares < self.cutoff**2)
+        lengths = torch.linalg.vector_norm(vectors, dim=1)
+        kept = (lengths < self.cutoff).nonzero()[:, 0]
         return Edges(
-            reference.edge_index.take(kept, axis=1),
-            reference.shifts.take(kept, axis=0),
-            np.sqrt(squares.take(kept)),
+            reference.edge_index.index_select(1, kept),
+            reference.shifts.index_select(0, kept),
+            lengths.index_select(0, kept),
         )
 
     def _complete(
@@ -95,21 +109,24 @@ class NeighborCache:
     def _build(
         self, positions: np.ndarray, cell: np.ndarray, full: np.ndarray, pbc: np.ndarray
     ) -> _Reference:
-        index, shifts = neighbor_list(positions, cell, pbc, self.cutoff + self.skin)
-        # One order for all lists, so that sums over edges have the same bits whenever the list was
-        # made.
-        order = np.lexsort((shifts[:, 2], shifts[:, 1], shifts[:, 0], index[0], index[1]))
+        radius = self.cutoff + self.skin
+        if self.device.type != "cpu" and len(positions) >= LARGE:
+            index, shifts = neighbor_list_on(self.device, positions, cell, pbc, radius)
+        else:
+            found = neighbor_list(positions, cell, pbc, radius)
+            index, shifts = (torch.from_numpy(x) for x in found)
         self._reference = _Reference(
-            positions.copy(), np.array(pbc, dtype=bool), full, index[:, order], shifts[order]
+            positions.copy(), np.array(pbc, dtype=bool), full, index, shifts
         )
         self._offsets = None
         self.num_builds += 1
         return self._reference
 
-    def _cell_offsets(self, reference: _Reference, cell: np.ndarray) -> np.ndarray:
+    def _cell_offsets(self, reference: _Reference, cell: np.ndarray) -> Tensor:
         if self._offsets is None or not np.array_equal(self._offsets[0], cell):
             S = reference.shifts
             # Written out: a matrix product may round differently for other numbers of edges.
-            offsets = S[:, :1] * cell[0] + S[:, 1:2] * cell[1] + S[:, 2:] * cell[2]
+            a, b, c = torch.from_numpy(cell).to(S.device)
+            offsets = S[:, :1] * a + S[:, 1:2] * b + S[:, 2:] * c
             self._offsets = (cell.copy(), offsets)
         return self._offsets[1]

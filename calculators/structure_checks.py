@@ -9,6 +9,7 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 from ase.geometry import complete_cell
+from torch import Tensor
 
 from mlip.data.neighbors import FAR
 
@@ -58,11 +59,11 @@ def check_elements(numbers: np.ndarray, known: np.ndarray) -> None:
     raise ValueError(f"the model does not know the element {first}; it knows {have}")
 
 
-def check_distances(atoms: Atoms, edge_index: np.ndarray, lengths: np.ndarray) -> None:
+def check_distances(atoms: Atoms, edge_index: Tensor, lengths: Tensor) -> None:
     """Raise ValueError for atoms on top of each other; edges as of ``NeighborCache``."""
-    if len(lengths) and lengths.min() < OVERLAP:
-        e = int(np.argmin(lengths))
-        j, i = edge_index[:, e]
+    if len(lengths) and float(lengths.min()) < OVERLAP:
+        e = int(lengths.argmin())
+        j, i = edge_index[:, e].tolist()
         other = "its own periodic image" if i == j else _name(atoms, j)
         raise ValueError(
             f"{_name(atoms, i)} and {other} overlap: {lengths[e]:.3g} angstrom apart; "

@@ -10,6 +10,8 @@ angstrom box) a k-d tree over atoms and their images takes over.  Cost O(N + E).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from ase.geometry import minkowski_reduce
 from matscipy.neighbours import neighbour_list
@@ -86,9 +88,40 @@ def neighbor_list(
         For positions that are not finite or too far away, an unusable cell, overlapping atoms, or
         more pairs than memory could hold.
     """
-    positions = np.asarray(positions, dtype=np.float64).reshape(-1, 3)
-    cell = np.asarray(cell, dtype=np.float64)
+    positions, cell = np.asarray(positions, dtype=np.float64), np.asarray(cell, dtype=np.float64)
     pbc = np.asarray(pbc, dtype=bool)
+    room = search_room(positions, cell, pbc, cutoff)
+    if room is None:
+        return np.zeros((2, 0), dtype=np.int64), np.zeros((0, 3))
+    num_atoms = len(room.home)
+    cells = np.maximum(np.floor(room.heights / cutoff), 1).prod()
+    search = _tree_pairs if cells > max(CELLS_PER_ATOM * num_atoms, MIN_GRID) else _grid_pairs
+    i, j, shift = search(room.positions, room.box, pbc, cutoff, room.heights)
+    shift += (room.home[i] - room.home[j]).astype(np.int64)
+    if room.reduction is not None:
+        shift = shift @ room.reduction
+    shift[:, ~pbc] = 0  # a non-periodic direction has no images
+    _check_overlap(positions.reshape(-1, 3), cell, i, j, shift)
+    order = _order(i, j, shift, num_atoms)
+    return np.stack([j[order], i[order]]), shift[order].astype(np.float64)
+
+
+class SearchRoom(NamedTuple):
+    """The atoms in a box in which pairs are searched for."""
+
+    positions: np.ndarray  # (N, 3) in the box
+    box: np.ndarray  # (3, 3)
+    heights: np.ndarray  # (3,) angstrom between opposite faces
+    home: np.ndarray  # (N, 3) turns of the box that were taken off the given positions
+    reduction: np.ndarray | None  # (3, 3) integers: shift in cells = shift in boxes @ reduction
+
+
+def search_room(
+    positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float
+) -> SearchRoom | None:
+    """Where to search for the pairs of a structure, as of ``neighbor_list``, which is checked; None
+    without atoms."""
+    positions = positions.reshape(-1, 3)
     if not (np.isfinite(cutoff) and cutoff > 0):
         raise ValueError(f"cutoff must be a positive length in angstrom, got {cutoff}")
     finite = np.isfinite(positions)
@@ -104,7 +137,7 @@ def neighbor_list(
     check_cell(cell, pbc)
     num_atoms = len(positions)
     if num_atoms == 0:
-        return np.zeros((2, 0), dtype=np.int64), np.zeros((0, 3))
+        return None
 
     box, reduction = _search_box(cell, pbc)
     inverse = np.linalg.inv(box)
@@ -134,16 +167,7 @@ def neighbor_list(
             f"{num_atoms} atoms in a cell with {heights.min():.3g} angstrom between faces have "
             f"more than {MAX_EDGES} pairs within {cutoff} angstrom; check the cell and its unit"
         )
-    cells = np.maximum(np.floor(heights / cutoff), 1).prod()
-    search = _tree_pairs if cells > max(CELLS_PER_ATOM * num_atoms, MIN_GRID) else _grid_pairs
-    i, j, shift = search(wrapped, box, pbc, cutoff, heights)
-    shift += (home[i] - home[j]).astype(np.int64)
-    if reduction is not None:
-        shift = shift @ reduction
-    shift[:, ~pbc] = 0  # a non-periodic direction has no images
-    _check_overlap(positions, cell, i, j, shift)
-    order = _order(i, j, shift, num_atoms)
-    return np.stack([j[order], i[order]]), shift[order].astype(np.float64)
+    return SearchRoom(wrapped, box, heights, home, reduction)
 
 
 def _search_box(cell: np.ndarray, pbc: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:

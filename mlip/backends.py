@@ -12,7 +12,8 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from shutil import which
 from typing import Any, NamedTuple, Protocol, cast
@@ -22,7 +23,7 @@ import torch
 from numpy.random import default_rng
 from torch import Tensor, nn
 
-from mlip.compiled import Compiled
+from mlip.compiled import Compiled, Program, compiled, uncompiled
 from mlip.data.graph import AtomicGraph
 from mlip.models.facet import Facet
 from mlip.models.gaunt import Gaunt
@@ -32,6 +33,7 @@ from mlip.models.transip import TransIP
 from mlip.nn.spline import Spline, leading_functions
 from mlip.nn.symmetric_contraction import SymmetricContraction
 from mlip.potential import Potential
+from mlip.recorded import Recorded
 
 
 class Bars(NamedTuple):
@@ -168,23 +170,51 @@ class Compile:
 
     def convert(self, model: Any) -> Any:
         """Copy that is compiled when it is first called."""
-        self.require(model)
+        require_program(model, self.name)
         return Compiled(copy.deepcopy(model))
 
-    def require(self, model: Any) -> None:
-        """BackendError if this model cannot be one program."""
-        if not isinstance(model, Facet | Gaunt | Ponita | TransIP):
-            raise BackendError(
-                f"{self.name} is for Facet, Gaunt, Ponita and TransIP, not {type(model).__name__}"
-            )
-        if getattr(model.config, "direct_forces", False):
-            raise BackendError(f"{self.name} is for models whose forces are gradients")
-        if getattr(model, "graph_inputs", ()) or getattr(model.config, "field", None) is not None:
-            raise BackendError(f"{self.name} is for models that read no external field")
+
+def require_program(model: Any, way: str) -> None:
+    """BackendError if this model cannot be one program."""
+    if not isinstance(model, Facet | Gaunt | Ponita | TransIP):
+        raise BackendError(
+            f"{way} is for Facet, Gaunt, Ponita and TransIP, not {type(model).__name__}"
+        )
+    if getattr(model.config, "direct_forces", False):
+        raise BackendError(f"{way} is for models whose forces are gradients")
+    if getattr(model, "graph_inputs", ()) or getattr(model.config, "field", None) is not None:
+        raise BackendError(f"{way} is for models that read no external field")
+
+
+class CudaGraph:
+    """The operations of energy and gradient recorded on a GPU (``mlip.recorded``).
+
+    For the models of ``Compile``, and of what it has compiled.
+    """
+
+    name = "cudagraph"
+
+    def obstacle(self, device: torch.device) -> str | None:
+        """No GPU."""
+        if device.type == "cuda":
+            return None
+        return f"it records the kernels of a GPU, and the potential is on the {device.type}"
+
+    def convert(self, model: Any) -> Any:
+        """Copy that is recorded at the first call with each size."""
+        if isinstance(model, Compiled):
+            return Compiled(model.model, partial(recorded, model.ready or compiled))
+        require_program(model, self.name)
+        return Compiled(copy.deepcopy(model), partial(recorded, uncompiled))
+
+
+def recorded(make: Callable[[Any], Program], model: Any) -> Program:
+    """The program that ``make`` gives of a model, recorded."""
+    return Recorded(make(model), model.config.cutoff)
 
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Splines(), Compile(), CuEquivariance())
+    backend.name: backend for backend in (Splines(), Compile(), CudaGraph(), CuEquivariance())
 }
 
 

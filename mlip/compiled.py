@@ -164,6 +164,13 @@ def compiled(model: Any) -> Program:
     return fast
 
 
+def uncompiled(model: Any) -> Program:
+    """The program of a model as its operations one after another."""
+    trace, _ = traced(model)
+    program: Program = trace
+    return program
+
+
 def padded(graph: AtomicGraph, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
     """Z (N + 1), vectors (N + 1, K + 1, 3) and neighbours (N + 1, K + 1) of the neighbourhoods.
 

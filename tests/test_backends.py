@@ -104,7 +104,7 @@ def test_a_wrong_one_is_refused(damage: Any, message: str, dtype: torch.dtype) -
 def test_an_obstacle_is_told() -> None:
     with pytest.raises(BackendError, match="'stand-in': the moon is down"):
         accelerated(mace(), StandIn(obstacle="the moon is down"))
-    with pytest.raises(ValueError, match="there is splines, compile, cuequivariance"):
+    with pytest.raises(ValueError, match="there is splines, compile, cudagraph, cuequivariance"):
         accelerated(mace(), "magic")
 
 

@@ -46,8 +46,16 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "mlip.potential": ({"mlip.nn", "mlip.data.graph"}, set()),
     "mlip.rotation_orbit": ({"mlip.potential", "mlip.nn", "mlip.data.graph"}, set()),
     "mlip.compiled": ({"mlip.nn", "mlip.data.graph"}, set()),
+    "mlip.recorded": ({"mlip.compiled"}, set()),
     "mlip.backends": (
-        {"mlip.models", "mlip.potential", "mlip.nn", "mlip.data.graph", "mlip.compiled"},
+        {
+            "mlip.models",
+            "mlip.potential",
+            "mlip.nn",
+            "mlip.data.graph",
+            "mlip.compiled",
+            "mlip.recorded",
+        },
         set(),
     ),
     "mlip.pretrained": (set(), set()),

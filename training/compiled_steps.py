@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mlip.backends import BackendError, Compile
+from mlip.backends import BackendError, Compile, require_program
 from mlip.compiled import CompiledTraining
 from mlip.data.graph import AtomicGraph
 from mlip.potential import Potential
@@ -28,7 +28,7 @@ def require_compilable(potential: Potential) -> None:
     reason = compiler.obstacle(potential.e0.device)
     if reason is None:
         try:
-            compiler.require(model)
+            require_program(model, compiler.name)
         except BackendError as error:
             reason = str(error)
     if reason is None and getattr(model.config, "random_grid", False):

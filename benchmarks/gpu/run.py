@@ -3,7 +3,8 @@
 Four parts, each written to the result as soon as it is there:
 
 - exactness: every model in float64 on the device and on the CPU, and in float32;
-- molecular dynamics of silicon, 64 to 10 648 atoms: ms/step, atoms/s, memory;
+- molecular dynamics of silicon, 64 to 10 648 atoms, plain, recorded, compiled and recorded:
+  ms/step, atoms/s, memory;
 - batched relaxations of rattled silicon cells: structure-steps per second;
 - training on the shipped ethanol frames: molecules per second.
 
@@ -44,6 +45,7 @@ from mlip.potential import Potential
 from mlip.training.sizes import SIZES
 
 HERE = Path(__file__).parent
+PROGRAMS = ("facet", "gaunt", "ponita", "transip")  # models that can be compiled and recorded
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE.parent))
 
@@ -123,6 +125,15 @@ def all_sizes(
 ) -> list[dict[str, float]]:
     """``dynamics`` of cubes of so many cells."""
     return [dynamics(calculator, device, n, steps) for n in cells]
+
+
+def accelerated_sizes(
+    model: str, ways: list[str], device: torch.device, cells: Sequence[int], steps: int
+) -> list[dict[str, float]]:
+    """``all_sizes`` of one of our models."""
+    plain = potential(model, device, torch.float32)
+    calculator = EqCalculator(plain, device=device, accelerate=ways or None)
+    return all_sizes(calculator, device, cells, steps)
 
 
 def mace(device: torch.device) -> Calculator | None:
@@ -230,8 +241,12 @@ def main() -> None:
     part("exactness", lambda: exactness(device))
     sizes, steps = ((1, 2), 2) if a.quick else ((2, 3, 4, 5, 8, 11), 20)
     for model in a.models:
-        calculator = EqCalculator(potential(model, device, torch.float32), device=device)
-        part(f"dynamics {model}", partial(all_sizes, calculator, device, sizes, steps))
+        ways: list[list[str]] = [[]]
+        if device.type == "cuda" and model.startswith(PROGRAMS):
+            ways += [["cudagraph"], ["compile", "cudagraph"]]
+        for way in ways:
+            name = " + ".join([f"dynamics {model}", *way])
+            part(name, partial(accelerated_sizes, model, way, device, sizes, steps))
     peer = mace(device)
     if peer is not None:
         few = [n for n in sizes if n <= 8]

@@ -46,7 +46,7 @@ def as_set(index: np.ndarray, shifts: np.ndarray) -> set[tuple[int, ...]]:
 
 def edges_of(cache: NeighborCache, atoms: Atoms) -> set[tuple[int, ...]]:
     found = cache.edges(atoms.positions, np.array(atoms.cell), atoms.pbc)
-    return as_set(found.edge_index, found.shifts)
+    return as_set(found.edge_index.numpy(), found.shifts.numpy())
 
 
 def fresh(atoms: Atoms, cutoff: float) -> set[tuple[int, ...]]:
