@@ -1,6 +1,7 @@
 """What a step must cost on this machine, and how far each model is from it.
 
-    python benchmarks/budget.py facet:small facet gaunt escaip transip ponita mace environment
+    python benchmarks/budget.py facet:small facet:small+compile facet gaunt escaip --threads 1
+    python benchmarks/budget.py --table
 
 For energy, forces and stress of Si 216 in float32 it counts the operations of matrix products and
 the bytes that all operations read and write, and measures the machine: products of 512 x 512
@@ -9,7 +10,8 @@ matrices, and a pass over an array that stays in cache and over one that does no
     products / rate  +  compulsory bytes / bandwidth of memory,
 
 compulsory: edges in, forces out, features of neighbours gathered in each layer.  That is what a
-program would need that fuses all but the products.  Times are medians.
+program would need that fuses all but the products.  Times are medians.  ``--table`` writes what is
+recorded, for each number of threads, into docs/speed.md.
 """
 
 from __future__ import annotations
@@ -20,20 +22,22 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from ase.build import bulk
+from pieces import insert
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from trainings import untrained
+from trainings import HERE, untrained
 
 from mlip.allocator import tune_allocator
+from mlip.backends import accelerated
 from mlip.data.graph import AtomicGraph
 
+RESULTS = HERE / "results" / "budget.json"
 KINDS = {
     "products": ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear"),
     "gathers and sums": (
@@ -102,16 +106,71 @@ def sent(config: Any) -> int:
     return layers * config.hidden
 
 
+def measured(name: str, graph: AtomicGraph, rates: dict[str, float]) -> dict[str, Any]:
+    """Budget and time of a model, ``+compile`` for its program."""
+    plain, _, way = name.partition("+")
+    potential = untrained(plain, [14])
+    N, E = len(graph.atomic_numbers), graph.edge_index.shape[1]
+    with FlopCounterMode(display=False) as flops:
+        potential(graph, stress=True)
+    with Traffic() as traffic:
+        potential(graph, stress=True)
+    # Vectors and their gradient in float64, once; features of neighbours once in each layer
+    # and direction, as wide as what a neighbour sends.
+    compulsory = 2 * 24 * E + 2 * 4 * sent(potential.model.config) * E
+    floor = flops.get_total_flops() / rates["Gflop/s"] + compulsory / rates["memory GB/s"]
+    fast = accelerated(potential, way or [])
+    time = seconds(lambda: fast(graph, stress=True), 3.0)
+    return {
+        "Mflop_per_atom": flops.get_total_flops() / N / 1e6,
+        "kB_per_atom": {k: v / N / 1e3 for k, v in traffic.bytes.items()},
+        "operations": dict(traffic.calls),
+        "floor_ms": floor * 1e-6,
+        "measured_ms": time * 1e3,
+        "times_the_floor": time * 1e9 / floor,
+    }
+
+
+def table(threads: str, found: dict[str, Any]) -> str:
+    """Budgets and times of the models."""
+    rates = found["machine"]
+    lines = [
+        f"Threads: {threads}. {rates['Gflop/s']:.0f} Gflop/s, {rates['cache GB/s']:.0f} GB/s in "
+        f"cache, {rates['memory GB/s']:.0f} GB/s to memory.\n",
+        "| model | Mflop/atom | kB/atom: products, element by element, gathers | operations "
+        "| floor (ms) | time (ms) | times the floor |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in found["Si216"].items():
+        counted = "||||"
+        if "+" not in name:  # a program's are not counted
+            kB = ", ".join(
+                f"{row['kB_per_atom'][k]:.0f}"
+                for k in ("products", "element by element", "gathers and sums")
+            )
+            operations = sum(row["operations"].values())
+            counted = f"| {row['Mflop_per_atom']:.3g} | {kB} | {operations} |"
+        lines.append(
+            f"| `{name}` {counted} {row['floor_ms']:.3g} | {row['measured_ms']:.3g} "
+            f"| {row['times_the_floor']:.3g} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("models", nargs="*", default=["facet:small", "facet"])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "budget.json"
-    )
+    parser.add_argument("--table", action="store_true", help="write docs/speed.md")
     a = parser.parse_args()
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if a.table:
+        text = "\n\n".join(table(threads, found[threads]) for threads in sorted(found))
+        print(text)
+        insert(HERE.parent / "docs" / "speed.md", "budget", text)
+        return
     torch.set_num_threads(a.threads)
     tune_allocator()
     rates = machine()
@@ -119,31 +178,12 @@ def main() -> None:
     atoms = bulk("Si", cubic=True) * (3, 3, 3)
     atoms.rattle(0.05, seed=0)
     graph = AtomicGraph.from_atoms(atoms, 5.0)
-    N, E = len(atoms), graph.edge_index.shape[1]
     rows = {}
     for name in a.models:
-        potential = untrained(name, [14])
-        with FlopCounterMode(display=False) as flops:
-            potential(graph, stress=True)
-        with Traffic() as traffic:
-            potential(graph, stress=True)
-        # Vectors and their gradient in float64, once; features of neighbours once in each layer
-        # and direction, as wide as what a neighbour sends.
-        compulsory = 2 * 24 * E + 2 * 4 * sent(potential.model.config) * E
-        floor = flops.get_total_flops() / rates["Gflop/s"] + compulsory / rates["memory GB/s"]
-        measured = seconds(lambda potential=potential: potential(graph, stress=True), 3.0)
-        rows[name] = {
-            "Mflop_per_atom": flops.get_total_flops() / N / 1e6,
-            "kB_per_atom": {k: v / N / 1e3 for k, v in traffic.bytes.items()},
-            "operations": dict(traffic.calls),
-            "floor_ms": floor * 1e-6,
-            "measured_ms": measured * 1e3,
-            "times_the_floor": measured * 1e9 / floor,
-        }
+        rows[name] = measured(name, graph, rates)
         print(name, json.dumps(rows[name]), flush=True)
-    a.out.write_text(
-        json.dumps({"threads": a.threads, "machine": rates, "Si216": rows}, indent=1) + "\n"
-    )
+    found[str(a.threads)] = {"machine": rates, "Si216": rows}
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

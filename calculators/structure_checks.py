@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def check_structure(atoms: Atoms, known: np.ndarray) -> None:
     if not np.isfinite(cell).all():
         raise ValueError(f"the cell has entries that are not finite: {cell.tolist()}")
     if pbc.any():
-        _check_cell(cell, pbc, len(atoms))
+        _check_cell(cell.tobytes(), pbc.tobytes(), len(atoms))
 
 
 def check_elements(numbers: np.ndarray, known: np.ndarray) -> None:
@@ -71,7 +72,10 @@ def check_distances(atoms: Atoms, edge_index: Tensor, lengths: Tensor) -> None:
         )
 
 
-def _check_cell(cell: np.ndarray, pbc: np.ndarray, num_atoms: int) -> None:
+@lru_cache(maxsize=64)
+def _check_cell(cell_bytes: bytes, pbc_bytes: bytes, num_atoms: int) -> None:
+    """A cell that stays the same is checked once."""
+    cell, pbc = np.frombuffer(cell_bytes).reshape(3, 3), np.frombuffer(pbc_bytes, dtype=bool)
     lengths = np.linalg.norm(cell, axis=1)
     if (lengths[pbc] < OVERLAP).any():
         k = int(np.flatnonzero(pbc & (lengths < OVERLAP))[0])

@@ -167,16 +167,19 @@ class AtomicGraph(Data):
     @property
     def volume(self) -> Tensor:
         """(G,) cell volumes in angstrom^3; NaN where a direction is not periodic."""
-        volume = torch.linalg.det(self.cell).abs()
+        a, b, c = self.cell.unbind(dim=1)
+        volume = (a * torch.linalg.cross(b, c)).sum(dim=1).abs()
         return torch.where(self.pbc.all(dim=1) & (volume > 0), volume, torch.nan)
 
     def edge_vectors(self) -> Tensor:
         """(E, 3) vectors from centre to neighbour, differentiable in positions and cell."""
         j, i = self.edge_index
-        shift = self.cell_shifts[:, None, :] @ self.cell.index_select(
-            0, self.batch.index_select(0, i)
-        )
-        return self.positions.index_select(0, j) - self.positions.index_select(0, i) + shift[:, 0]
+        if self.num_structures == 1:
+            shift = self.cell_shifts @ self.cell[0]
+        else:
+            cell = self.cell.index_select(0, self.batch.index_select(0, i))
+            shift = (self.cell_shifts[:, None, :] @ cell)[:, 0]
+        return self.positions.index_select(0, j) - self.positions.index_select(0, i) + shift
 
     def replace(self, **fields: Tensor) -> AtomicGraph:
         """Shallow copy with other fields."""

@@ -185,9 +185,12 @@ class Potential(nn.Module):
 
     @staticmethod
     def _stress(graph: AtomicGraph, vectors: Tensor, g: Tensor) -> Tensor:
-        outer = vectors[:, :, None] * g[:, None, :]  # (E, 3, 3)
-        owner = graph.batch.index_select(0, graph.edge_index[1])
-        virial = vectors.new_zeros(graph.num_structures, 3, 3).index_add(0, owner, outer)
+        if graph.num_structures == 1:
+            virial = (vectors.mT @ g)[None]
+        else:
+            outer = vectors[:, :, None] * g[:, None, :]  # (E, 3, 3)
+            owner = graph.batch.index_select(0, graph.edge_index[1])
+            virial = vectors.new_zeros(graph.num_structures, 3, 3).index_add(0, owner, outer)
         volume = graph.volume[:, None, None]
         # The NaN of an undefined stress must not enter the division: its derivative would be NaN
         # even where a loss masks the value.
