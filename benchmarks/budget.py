@@ -106,6 +106,24 @@ def sent(config: Any) -> int:
     return layers * config.hidden
 
 
+def parts(potential: Any, graph: AtomicGraph) -> dict[str, float]:
+    """Shares of the model's parts in the products of matrices of the energy (the gradient's are
+    alike); of layers all together."""
+    graph = graph.replace(vectors=graph.edge_vectors().to(potential.dtype))
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        potential.model(graph)
+    counts = {k: sum(v.values()) for k, v in flops.get_flop_counts().items()}
+    root = type(potential.model).__name__
+    shares: Counter[str] = Counter()
+    for module, count in counts.items():
+        *path, last = module.split(".")
+        if path == [root] and not any(k.startswith(f"{module}.0") for k in counts):
+            shares[last] += count  # a part of its own
+        elif len(path) == 3 and path[0] == root and path[2].isdigit():
+            shares[last] += count  # a part of a layer
+    return {k: n / counts["Global"] for k, n in shares.most_common() if n}
+
+
 def measured(name: str, graph: AtomicGraph, rates: dict[str, float]) -> dict[str, Any]:
     """Budget and time of a model, ``+compile`` for its program."""
     plain, _, way = name.partition("+")
@@ -123,6 +141,7 @@ def measured(name: str, graph: AtomicGraph, rates: dict[str, float]) -> dict[str
     time = seconds(lambda: fast(graph, stress=True), 3.0)
     return {
         "Mflop_per_atom": flops.get_total_flops() / N / 1e6,
+        "parts": parts(potential, graph),
         "kB_per_atom": {k: v / N / 1e3 for k, v in traffic.bytes.items()},
         "operations": dict(traffic.calls),
         "floor_ms": floor * 1e-6,
@@ -137,19 +156,20 @@ def table(threads: str, found: dict[str, Any]) -> str:
     lines = [
         f"Threads: {threads}. {rates['Gflop/s']:.0f} Gflop/s, {rates['cache GB/s']:.0f} GB/s in "
         f"cache, {rates['memory GB/s']:.0f} GB/s to memory.\n",
-        "| model | Mflop/atom | kB/atom: products, element by element, gathers | operations "
-        "| floor (ms) | time (ms) | times the floor |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| model | Mflop/atom | by parts of the model | kB/atom: products, element by element, "
+        "gathers | operations | floor (ms) | time (ms) | times the floor |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for name, row in found["Si216"].items():
-        counted = "||||"
+        counted = "|||||"
         if "+" not in name:  # a program's are not counted
             kB = ", ".join(
                 f"{row['kB_per_atom'][k]:.0f}"
                 for k in ("products", "element by element", "gathers and sums")
             )
+            shares = ", ".join(f"{k} {x:.0%}" for k, x in row["parts"].items() if x > 0.02)
             operations = sum(row["operations"].values())
-            counted = f"| {row['Mflop_per_atom']:.3g} | {kB} | {operations} |"
+            counted = f"| {row['Mflop_per_atom']:.3g} | {shares} | {kB} | {operations} |"
         lines.append(
             f"| `{name}` {counted} {row['floor_ms']:.3g} | {row['measured_ms']:.3g} "
             f"| {row['times_the_floor']:.3g} |"
