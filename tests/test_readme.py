@@ -141,9 +141,15 @@ def test_example_that_trains(tmp_path: Path) -> None:
 @needs_shipped_model
 @pytest.mark.parametrize(
     ("script", "arguments", "words"),
-    [("relax_crystal", [], "bulk modulus"), ("run_md", ["silicon", "20"], "meV/atom/ps")],
+    [
+        ("relax_crystal", [], "bulk modulus"),
+        ("run_md", ["silicon", "20"], "meV/atom/ps"),
+        ("phonons", [], "THz"),
+    ],
 )
 def test_examples_with_the_shipped_model(script: str, arguments: list[str], words: str) -> None:
+    if script == "phonons":
+        pytest.importorskip("phonopy")
     output = run(sys.executable, f"examples/{script}.py", *arguments)
     assert words in output.splitlines()[-1]
 
