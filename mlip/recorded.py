@@ -88,13 +88,14 @@ def rounded(n: int) -> int:
 
 def cuda_graph(program: Program, inputs: Results) -> tuple[Callable[[], None], Results]:
     """The program as a CUDA graph that reads these inputs: what starts it, and its results."""
-    stream = torch.cuda.Stream(inputs[0].device)
-    stream.wait_stream(torch.cuda.current_stream(inputs[0].device))
-    with torch.cuda.stream(stream):
-        for _ in range(REHEARSALS):
-            program(*inputs)
-    torch.cuda.current_stream(inputs[0].device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = program(*inputs)
+    with torch.cuda.device(inputs[0].device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(REHEARSALS):
+                program(*inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = program(*inputs)
     return graph.replay, results
