@@ -36,10 +36,11 @@ import numpy as np
 from ase import Atoms
 from ase.build import bulk, fcc111, molecule
 from ase.io import read, write
-from mace_weights import to_mlip
 from numpy.random import default_rng
 from pieces import Pieces, insert
 from speed import cpu_name
+
+from mlip.mace_import import to_mlip
 
 HERE = Path(__file__).parent
 RESULTS = Pieces(HERE / "results" / "mace_reference.json")

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.io import read
-from mace_weights import to_mlip
 
 Batch = Any
 GROUPS = ("embedding", "interactions_decay", "interactions", "products", "readouts")
@@ -105,6 +104,7 @@ class Mlip:
     """This package's model, with weights of the other one."""
 
     def build(self, h: dict[str, Any], seed: int, dtype: str) -> None:
+        from mlip.mace_import import to_mlip
         from mlip.models import build
         from mlip.potential import Potential
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from mlip.cli_models import Dtype, Model, compile_model, import_mace, info
+
 app = typer.Typer(
     name="mlip",
     help="""Machine-learned interatomic potentials: convert data, train, evaluate, relax, run MD.
@@ -21,13 +23,7 @@ app = typer.Typer(
 )
 
 # What several verbs have.
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Model file, or name of a shipped model.")
-]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[
-    str, typer.Option(help="float32 or float64. [default: the model's]", show_default=False)
-]
 Program = Annotated[
     str | None, typer.Option(help="File of `mlip compile`: code, give only one that you trust.")
 ]
@@ -54,20 +50,7 @@ def options(
     """Options before the verb."""
 
 
-@app.command()
-def info(
-    model: Model,
-) -> None:
-    """Show what a model says of itself: elements, cutoff, level of theory, errors, licence.
-
-    \b
-    Examples:
-      mlip info runs/si/model.safetensors
-      mlip info silicon
-    """
-    from mlip.modelcard import describe
-
-    typer.echo(describe(model))
+app.command()(info)
 
 
 @app.command()
@@ -243,24 +226,8 @@ def bench(
     )
 
 
-@app.command(name="compile")
-def compile_model(
-    model: Model,
-    out: Annotated[str, typer.Option(help="Program file to write, NAME.pt2.")],
-    dtype: Dtype = "",
-) -> None:
-    """Compile a model ahead of time for this machine: facet, gaunt, ponita, transip.
-
-    The program file is code, checked here and whenever it is loaded beside its model.
-
-    \b
-    Examples:
-      mlip compile silicon --out silicon.pt2 --dtype float32
-      mlip md si.cif -m silicon --dtype float32 --program silicon.pt2
-    """
-    from mlip.calculators.reports import compile_and_report
-
-    compile_and_report(model, out, dtype=dtype)
+app.command(name="compile")(compile_model)
+app.command()(import_mace)
 
 
 @app.command()

@@ -89,9 +89,16 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         | {"mlip.compiled", "mlip.programfile"},
         {"ase", "matscipy", "matplotlib", "rich", "scipy", "spglib"},
     ),
+    "mlip.mace_export": (set(), {"ase", "mace"}),
+    "mlip.mace_import": (
+        {"mlip.mace_export", "mlip.checkpoint", "mlip.data.graph", "mlip.models"}
+        | {"mlip.nn", "mlip.potential"},
+        {"ase.data"},
+    ),
     "mlip.cli": ({"mlip"}, {"typer", "rich", "ase"}),
+    "mlip.cli_models": ({"mlip"}, {"typer"}),
 }
-LIGHT = {"mlip", "mlip.__main__", "mlip.cli", "mlip.config", "mlip.pretrained"}
+LIGHT = {"mlip", "mlip.__main__", "mlip.cli", "mlip.cli_models", "mlip.config", "mlip.pretrained"}
 LIGHT |= {"mlip.modelcard", "mlip.tensorfile", "mlip.allocator"}  # these are imported without torch
 ALWAYS = {*sys.stdlib_module_names, "numpy", "torch"}
 
