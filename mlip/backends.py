@@ -228,8 +228,9 @@ def requested(potential: Potential, wish: str | Sequence[str] | None) -> Potenti
 
     What ``"auto"`` chooses and the check refuses is left out with a warning.
     """
-    if wish != "auto":
-        return accelerated(potential, wish or ())
+    names = [wish] if isinstance(wish, str) else list(wish or ())
+    if names != ["auto"]:
+        return accelerated(potential, names)
     try:
         return accelerated(potential, automatic(potential))
     except BackendError as problem:

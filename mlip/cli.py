@@ -24,6 +24,10 @@ app = typer.Typer(
 
 # What several verbs have.
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Accelerate = Annotated[
+    list[str] | None,
+    typer.Option(help="compile, splines, cudagraph, cuequivariance or auto; may be repeated."),
+]
 Program = Annotated[
     str | None, typer.Option(help="File of `mlip compile`: code, give only one that you trust.")
 ]
@@ -160,6 +164,7 @@ def relax(
     device: Device = "auto",
     dtype: Dtype = "",
     symmetrize: Symmetrize = None,
+    accelerate: Accelerate = None,
     program: Program = None,
 ) -> None:
     """Relax structures; those that fail say why and the rest are finished.
@@ -185,6 +190,7 @@ def relax(
         device=device,
         dtype=dtype,
         symmetrize=symmetrize,
+        accelerate=accelerate,
         program=program,
     )
     if not finished:
@@ -203,6 +209,7 @@ def bench(
     device: Device = "auto",
     dtype: Dtype = "",
     symmetrize: Symmetrize = None,
+    accelerate: Accelerate = None,
     program: Program = None,
 ) -> None:
     """Time a model on this machine: ms/step, atoms/s, ns/day, memory, the largest system that fits.
@@ -222,6 +229,7 @@ def bench(
         device=device,
         dtype=dtype,
         symmetrize=symmetrize,
+        accelerate=accelerate,
         program=program,
     )
 
@@ -262,6 +270,7 @@ def md(
     device: Device = "auto",
     dtype: Dtype = "",
     symmetrize: Symmetrize = None,
+    accelerate: Accelerate = None,
     program: Program = None,
 ) -> None:
     """Run molecular dynamics with trajectory, log and exact restart.
@@ -295,6 +304,7 @@ def md(
         device=device,
         dtype=dtype,
         symmetrize=symmetrize,
+        accelerate=accelerate,
         program=program,
     )
 

@@ -82,6 +82,9 @@ def test_mistakes_are_one_line(files) -> None:
         (("md", "si.xyz", "-m", "nothing"), "nothing"),
         (("md", "si.xyz", "-m", "m.safetensors", "--ensemble", "nvt"), "langevin"),
         (("relax", "si.xyz", "-m", "m.safetensors", "--pressure", "3"), "cell"),
+        (("relax", "si.xyz", "-m", "m.safetensors", "--accelerate", "magic"), "splines, compile"),
+        (("md", "si.xyz", "-m", "m.safetensors", "--accelerate", "splines"), "are for MACE"),
+        (("bench", "m.safetensors", "--accelerate", "cudagraph", "--device", "cpu"), "of a GPU"),
     ):
         code, text = run(*arguments)
         assert code != 0 and word in text
