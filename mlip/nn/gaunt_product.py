@@ -244,31 +244,33 @@ def evaluate(
     functions: Sequence[Tensor],
 ) -> list[Tensor]:
     """Functions (LM_k, N, C) -> the outputs of the plan; each function is evaluated once."""
-    flat = [f.reshape(len(f), -1) for f in functions]  # (LM_k, N C)
+    flat = [f.reshape(f.shape[0], -1) for f in functions]  # (LM_k, N C)
     columns = flat[0].shape[1]
-    step, starts = columns, range(1)
+    step = columns
     if flat[0].device.type == "cpu" and not isinstance(columns, torch.SymInt):
-        step = max(CHUNK_BYTES // (len(to_grid) * flat[0].element_size()), 64)
-        starts = range(0, columns, step)
+        step = max(CHUNK_BYTES // (to_grid.shape[0] * flat[0].element_size()), 64)
     used = {k for _, terms in plan for term in terms for k in term}
+    there = {k: to_grid[:, : flat[k].shape[0]] for k in used}
+    back = [from_grid[:size] for size, _ in plan]
 
-    def projected(columns: slice) -> Iterator[Tensor]:
-        values = {k: to_grid[:, : len(flat[k])] @ flat[k][:, columns] for k in used}  # (P, step)
-        for size, terms in plan:
+    def projected(chunk: Sequence[Tensor]) -> Iterator[Tensor]:
+        values = {k: matrix @ chunk[k] for k, matrix in there.items()}  # (P, step)
+        for matrix, (_, terms) in zip(back, plan, strict=True):
             (term, times), *others = terms.items()
             total = operation([values[k] for k in term])
             if times != 1:
                 total.mul_(times)
             for term, times in others:
                 total.add_(operation([values[k] for k in term]), alpha=times)
-            yield from_grid[:size] @ total
+            yield matrix @ total
 
-    if len(starts) == 1:
-        results = list(projected(slice(None)))
+    if step >= columns:
+        results = list(projected(flat))
     else:
         results = [flat[0].new_empty(size, columns) for size, _ in plan]
-        for start in starts:
-            chunk = slice(start, start + step)
-            for result, part in zip(results, projected(chunk), strict=True):
-                result[:, chunk] = part
-    return [result.view(len(result), *functions[0].shape[1:]) for result in results]
+        for start in range(0, columns, step):
+            part = slice(start, start + step)
+            found = projected([f[:, part] for f in flat])
+            for result, value in zip(results, found, strict=True):
+                result[:, part] = value
+    return [result.view(result.shape[0], *functions[0].shape[1:]) for result in results]
