@@ -127,8 +127,9 @@ def table(rows: list[Row], minutes: float) -> str:
     models = list(dict.fromkeys(row["model"] for row in rows))
     heads = [
         "model", "parameters", "Si 216, ms/atom", "molecule, ms/atom", "training, molecules/s",
-        "memory: Si 216 / training, MiB", "Si: E (meV/atom)", "Si: F (meV/Å)", "ethanol: E (meV)",
-        "ethanol: F (meV/Å)", "rotation error of F, ethanol (meV/Å)", "symmetry", "conservative",
+        "memory: Si 216 / training, MiB", f"Si, {minutes:g} min: E (meV/atom)", "Si: F (meV/Å)",
+        f"ethanol, {minutes:g} min: E (meV)", "ethanol: F (meV/Å)",
+        "rotation error of F, ethanol (meV/Å)", "symmetry", "conservative",
     ]  # fmt: skip
     found = []
     for model in models:

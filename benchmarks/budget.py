@@ -198,7 +198,7 @@ def main() -> None:
     atoms = bulk("Si", cubic=True) * (3, 3, 3)
     atoms.rattle(0.05, seed=0)
     graph = AtomicGraph.from_atoms(atoms, 5.0)
-    rows = {}
+    rows = found.get(str(a.threads), {}).get("Si216", {})
     for name in a.models:
         rows[name] = measured(name, graph, rates)
         print(name, json.dumps(rows[name]), flush=True)

@@ -82,7 +82,7 @@ class EqCalculator(Calculator):
     accelerate : str or sequence of str, optional
         ``"compile"``: one compiled program, about a minute the first time, not for all models;
         ``"cudagraph"``: one recorded for a GPU; ``"splines"``: tables in place of MACE's radial
-        networks; ``"cuequivariance"``: its kernels; ``"auto"``: what is known to pay at once for
+        networks; ``"cuequivariance"``: NVIDIA's; ``"auto"``: what is known to pay at once for
         the model, or nothing.  Each is checked against the plain model in float64 first.
     program : str or path, optional
         The same as ``"compile"``, compiled before by ``mlip compile`` and checked alike.  Such a
@@ -147,6 +147,7 @@ class EqCalculator(Calculator):
             False
         ):  # weights made in inference mode could not be differentiated through
             self.potentials = own_potentials(model, self.device, parse_dtype(dtype))
+            self.device = self.potentials[0].e0.device
             self.potentials = quickened(self.potentials, accelerate, program)
             self.potentials = averaged(self.potentials, symmetrize)
         memory = None if max_memory is None else parse_memory(max_memory)

@@ -10,8 +10,7 @@ with s_min the smallest singular value and d any common translation.  The list i
 this bound is no longer above the cutoff: exact for moving atoms and for strained, sheared and
 rotated cells alike.
 
-Lists of large systems are made and kept on the GPU, if the model is there: each step sends the
-positions and nothing else.
+Lists of large systems are made and kept on the GPU, if the model is there: no list is sent to it.
 """
 
 from __future__ import annotations

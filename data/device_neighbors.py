@@ -34,6 +34,8 @@ def neighbor_list_on(
     ValueError
         As there.
     """
+    positions, cell = np.asarray(positions, dtype=np.float64), np.asarray(cell, dtype=np.float64)
+    pbc = np.asarray(pbc, dtype=bool)
     room = search_room(positions, cell, pbc, cutoff)
     if room is None:
         return torch.zeros(2, 0, dtype=torch.int64, device=device), torch.zeros(
@@ -55,7 +57,7 @@ def neighbor_list_on(
     if room.reduction is not None:
         shift = shift @ torch.as_tensor(room.reduction, dtype=shift.dtype, device=device)
     shift = shift * torch.as_tensor(pbc, device=device)
-    _refuse_overlap(torch.as_tensor(positions, device=device), cell, i, j, shift)
+    _refuse_overlap(torch.as_tensor(positions.reshape(-1, 3), device=device), cell, i, j, shift)
     order = torch.arange(len(i), device=device)
     for key in (*shift.T.flip(0), j, i):  # the last one counts most
         order = order[key[order].argsort(stable=True)]

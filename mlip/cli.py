@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mlip.cli_models import Dtype, Model, compile_model, import_mace, info
+from mlip.cli_models import Dtype, Model, compile_model, import_mace_model, info
 
 app = typer.Typer(
     name="mlip",
@@ -235,7 +235,7 @@ def bench(
 
 
 app.command(name="compile")(compile_model)
-app.command()(import_mace)
+app.command(name="import-mace")(import_mace_model)
 
 
 @app.command()

@@ -48,7 +48,7 @@ def compile_model(
     compile_and_report(model, out, dtype=dtype)
 
 
-def import_mace(
+def import_mace_model(
     model: Annotated[
         str,
         typer.Argument(
@@ -66,14 +66,14 @@ def import_mace(
 ) -> None:
     """Make a model file from one of mace-torch: the same energies and forces, checked.
 
-    For ScaleShiftMACE with one head, as mace_run_train makes them. mace-torch opens the file, in
-    a process of its own.
+    For models of one head, as mace_run_train makes them by default or with --model
+    ScaleShiftMACE. mace-torch opens the file, in a process of its own.
 
     \b
     Examples:
       mlip import-mace MACE_model.model mace.safetensors
       mlip import-mace mace.model mace.safetensors --python ~/mace-environment/bin/python
     """
-    from mlip.mace_import import import_and_report
+    from mlip.mace_import import import_mace, summary
 
-    import_and_report(model, out, python)
+    typer.echo(f"{out}: {summary(import_mace(model, out, python or None))}")

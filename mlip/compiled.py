@@ -91,8 +91,16 @@ class Compiled(nn.Module):
         return NodeOutput(energy[:N], features[:N])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._program = None  # it holds the weights as they were
-        return super()._apply(fn, recurse)
+        before = self._held()
+        super()._apply(fn, recurse)
+        if self._held() != before:
+            self._program = None  # it holds the weights as they were
+        return self
+
+    def _held(self) -> list[tuple[int, torch.dtype]]:
+        """Where the tensors of the model are, and what."""
+        tensors = [*self.parameters(), *self.buffers()]
+        return [(x.data_ptr(), x.dtype) for x in tensors]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_program": None}

@@ -30,9 +30,9 @@ def main(model: str, out: str) -> None:
     """Write facts, weights and probes of a model file."""
     from mace.calculators import MACECalculator
 
-    as_saved = MACECalculator(model_paths=model, device="cpu", default_dtype="").models[0]
+    as_saved = MACECalculator(model_paths=[model], device="cpu", default_dtype="").models[0]
     dtype = str(next(as_saved.parameters()).dtype)[6:]
-    calculator = MACECalculator(model_paths=model, device="cpu", default_dtype="float64")
+    calculator = MACECalculator(model_paths=[model], device="cpu", default_dtype="float64")
     exact = calculator.models[0]
     facts = described(exact) | {"dtype": dtype, "mace-torch": version("mace-torch")}
     arrays = {f"weights/{name}": x.numpy() for name, x in exact.state_dict().items()}

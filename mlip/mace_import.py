@@ -5,8 +5,8 @@
 A model file of mace-torch is a pickle, which runs what it says when it is opened.  It is opened by
 mace-torch in a process of its own (``mlip.mace_export``); only arrays and JSON come back.
 
-Taken are ScaleShiftMACE with residual interaction blocks and one head, as ``mace_run_train`` makes
-them and as MACE-MP-0 and MACE-OFF23 are; for others the refusal says what stands in the way.
+Taken are models of one head that ``mace_run_train`` makes by default or with ``--model
+ScaleShiftMACE``; for others the refusal says what stands in the way.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -34,11 +35,14 @@ from mlip.nn.symmetric_contraction import sum_over_permutations, symmetric_coupl
 from mlip.potential import Potential
 
 Arrays = dict[str, np.ndarray]
-BAR = 1e-6  # in float64, relative to the largest interaction energy and force if these exceed one
+RESIDUAL, AGNOSTIC = "RealAgnosticResidualInteractionBlock", "RealAgnosticInteractionBlock"
+# Largest difference in float64, in units of the largest interaction energy or force, of one at
+# least; a model that was saved in float32 has constants that are rounded.
+BARS = {"float32": 1e-5, "float64": 1e-6}
 # What has to be so, and the words for it.
 EXPECTED: dict[str, tuple[str, set[Any]]] = {
     "class": ("kind of model", {"ScaleShiftMACE"}),
-    "interactions": ("interaction block", {"RealAgnosticResidualInteractionBlock"}),
+    "interactions": ("interaction block", {RESIDUAL}),
     "products": ("product block", {"EquivariantProductBasisBlock"}),
     "readouts": ("readout", {"LinearReadoutBlock", "NonLinearReadoutBlock"}),
     "radial": ("radial basis", {"BesselBasis"}),
@@ -83,12 +87,19 @@ def import_mace(
         raise ValueError(f"{out}: a model file is named NAME.safetensors")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
+    interpreter = os.path.expanduser(os.fspath(python or sys.executable))
+    if os.path.dirname(interpreter):  # a path, not a name to be found
+        interpreter = os.path.abspath(interpreter)
     with TemporaryDirectory() as folder:
         exported = Path(folder) / "model.npz"
-        interpreter = os.path.expanduser(os.fspath(python or sys.executable))
-        command = [interpreter, mace_export.__file__, str(model.absolute()), str(exported)]
+        # A copy, for Python looks for modules beside the script first.
+        script = shutil.copy(mace_export.__file__, folder)
+        command = [interpreter, script, str(model.absolute()), str(exported)]
+        environment = {k: x for k, x in os.environ.items() if k != "PYTHONPATH"}
         try:
-            done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+            done = subprocess.run(
+                command, capture_output=True, text=True, cwd=folder, env=environment
+            )
         except OSError as error:
             raise RefusedModel(f"{interpreter} cannot be run: {error.strerror}") from None
         if done.returncode:
@@ -104,22 +115,23 @@ def import_mace(
     return potential
 
 
-def import_and_report(model: str, out: str, python: str = "") -> None:
-    """``import_mace`` of the command line."""
-    potential = import_mace(model, out, python or None)
+def summary(potential: Potential) -> str:
+    """What was imported, in a line."""
     elements = potential.elements
     named = ", ".join(chemical_symbols[z] for z in elements[:10])
     more = f" and {len(elements) - 10} more" if len(elements) > 10 else ""
     parameters = sum(p.numel() for p in potential.parameters())
-    print(
-        f"{out}: {parameters} parameters, {named}{more}, cutoff {potential.cutoff:g} angstrom, "
+    return (
+        f"{parameters} parameters, {named}{more}, cutoff {potential.cutoff:g} angstrom, "
         f"{str(potential.dtype)[6:]}; energies and forces of probe structures are mace-torch's"
     )
 
 
 def _reason(stderr: str, interpreter: str) -> str:
-    last = (stderr.strip().splitlines() or ["no message"])[-1]
-    if "No module named 'mace" in last:
+    lines = stderr.strip().splitlines() or ["no message"]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    last = (raised or lines)[-1]
+    if "No module named 'mace'" in last:
         return (
             f"{interpreter} has no mace-torch; give the interpreter of an environment that has "
             "it: --python PATH"
@@ -137,7 +149,16 @@ def facts_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def potential_of(arrays: Arrays) -> Potential:
     """The potential of what ``mlip.mace_export`` wrote, checked against its numbers."""
-    facts = facts_of(arrays)
+    try:
+        return _potential(arrays, facts_of(arrays))
+    except (KeyError, ValueError, RuntimeError) as error:
+        if isinstance(error, RefusedModel):
+            raise
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RefusedModel(f"its weights do not fit: {first}") from error
+
+
+def _potential(arrays: Arrays, facts: Mapping[str, Any]) -> Potential:
     h = hyperparameters(facts)
     theirs = {k.removeprefix("weights/"): x for k, x in arrays.items() if k.startswith("weights/")}
     model = build("mace", **h).double()
@@ -157,8 +178,10 @@ def potential_of(arrays: Arrays) -> Potential:
 
 def hyperparameters(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Options of our model; RefusedModel if it has no counterpart."""
+    first, *others = facts["interactions"]
+    parts = {**facts, "interactions": [RESIDUAL if first == AGNOSTIC else first, *others]}
     for key, (words, allowed) in EXPECTED.items():
-        given = facts[key] if isinstance(facts[key], list) else [facts[key]]
+        given = parts[key] if isinstance(parts[key], list) else [parts[key]]
         if odd := [x for x in given if x not in allowed]:
             expected = " or ".join(str(x) for x in sorted(allowed, key=str) if x is not None)
             raise RefusedModel(
@@ -191,6 +214,7 @@ def hyperparameters(facts: Mapping[str, Any]) -> dict[str, Any]:
         readout_hidden=int(readout[1]),
         elements=tuple(facts["elements"]),
         isolated="learned",
+        first_layer="species" if first == AGNOSTIC else "residual",
         avg_num_neighbors=facts["avg_num_neighbors"][0],
     )
     found: dict[str, Any] = made.config.model_dump()
@@ -213,8 +237,9 @@ def check(potential: Potential, arrays: Arrays) -> None:
             size = given - potential.e0[numbers].sum().item() if key == "energy" else given
             scale[key] = max(scale[key], float(np.abs(size).max()))
             worst[key] = max(worst[key], float(np.abs(out[key].numpy() - given).max()))
+    bar = BARS[facts_of(arrays)["dtype"]]
     for key, unit in (("energy", "eV"), ("forces", "eV/angstrom")):
-        if not worst[key] <= BAR * scale[key]:
+        if not worst[key] <= bar * scale[key]:
             raise RefusedModel(
                 f"its {key} would differ by {worst[key]:.2g} {unit} on probe structures"
             )
@@ -249,8 +274,10 @@ def to_mlip(theirs: Arrays, h: Mapping[str, Any]) -> Arrays:
             paths = num_paths(lmax_in, l, h["max_ell"])
             ours[mine + f"convolution.mix.{l}"] = blocks[start : start + paths].reshape(-1, C)
             start += paths
-        skip = theirs[a + "skip_tp.weight"].reshape(min(lmax_in, lmax_out) + 1, C, Z, C)
-        ours[mine + "skip.weight"] = skip.transpose(2, 0, 1, 3)
+        mixed = t == 0 and h["first_layer"] == "species"
+        top = h["max_ell"] if mixed else min(lmax_in, lmax_out)
+        by_species = theirs[a + "skip_tp.weight"].reshape(top + 1, C, Z, C)
+        ours[mine + ("mix.weight" if mixed else "skip.weight")] = by_species.transpose(2, 0, 1, 3)
         for L in range(lmax_out + 1):
             c = b + f"symmetric_contractions.contractions.{L}."
             names = [c + f"weights.{k}" for k in reversed(range(h["correlation"] - 1))]

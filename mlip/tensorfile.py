@@ -113,7 +113,10 @@ def _guess(path: Path, start: bytes) -> str:
             " (a compiled program: code, and no model; give the model's file, this as its program)"
         )
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        return " (a pickle, as torch.save writes it: such files can run code and are not read)"
+        return (
+            " (a pickle, as torch.save writes it: such files can run code and are not read; of a "
+            "model of mace-torch 'mlip import-mace' makes one of ours)"
+        )
     if start.startswith(b"\x89HDF"):
         return " (an HDF5 file: a data set, not a model)"
     return ""

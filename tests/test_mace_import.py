@@ -17,13 +17,7 @@ import torch
 from ase import Atoms
 
 from mlip.calculators import EqCalculator
-from mlip.mace_import import (
-    RefusedModel,
-    import_and_report,
-    import_mace,
-    in_our_basis,
-    potential_of,
-)
+from mlip.mace_import import RefusedModel, import_mace, in_our_basis, potential_of, summary
 from mlip.nn.symmetric_contraction import symmetric_couplings
 
 FILE = Path(__file__).parent / "files" / "mace_export.npz"
@@ -58,7 +52,9 @@ def test_the_numbers_are_those_of_mace_torch() -> None:
     assert potential.elements == [1, 6, 8]
 
 
-def test_a_file_comes_out(tmp_path: Path, interpreter: str, capsys: Any) -> None:
+def test_a_file_comes_out(
+    tmp_path: Path, interpreter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, out = tmp_path / "a.model", tmp_path / "a.safetensors"
     model.write_text("a pickle")
     made = import_mace(model, out, interpreter)
@@ -69,8 +65,11 @@ def test_a_file_comes_out(tmp_path: Path, interpreter: str, capsys: Any) -> None
         atoms.calc = EqCalculator(source)
         energies.append(atoms.get_potential_energy())
     assert energies[0] == energies[1]
-    import_and_report(str(model), str(out), interpreter)
-    assert "H, C, O, cutoff 4 angstrom, float32" in capsys.readouterr().out
+    assert "H, C, O, cutoff 4 angstrom, float32" in summary(made)
+    monkeypatch.chdir(tmp_path)
+    for name in ("./python", "../" + tmp_path.name + "/python"):  # relative to here
+        import_mace("a.model", "b.safetensors", name)
+    assert Path("b.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -86,6 +85,12 @@ def test_a_file_comes_out(tmp_path: Path, interpreter: str, capsys: Any) -> None
         ({"avg_num_neighbors": [8.0, 9.0]}, "different average numbers"),
         ({"readout_irreps": "3x0e+1x1o"}, r"readout has 3x0e\+1x1o"),
         ({"radial_hidden": [4, 5]}, "weights do not fit: layers.0.convolution"),
+        ({"max_ell": 2}, "weights do not fit"),
+        ({"num_layers": 1}, "weights do not fit"),
+        ({"num_layers": 3}, "weights do not fit"),
+        ({"hidden_irreps": "4x0e"}, "weights do not fit"),
+        ({"hidden_irreps": "4x0e+2x1o"}, "weights do not fit: .*hidden_irreps"),
+        ({"correlation": 4}, "weights do not fit: .*correlation"),
         ({"scale": [1.8]}, "would differ by"),
         ({"shift": [0.301]}, "energy would differ by"),
         ({"envelope_power": 6}, "would differ by"),
@@ -118,10 +123,11 @@ def test_no_mace_no_file_no_folder(tmp_path: Path) -> None:
     for error, words in (
         ("ModuleNotFoundError: No module named 'mace'", "--python PATH"),
         ("ValueError: no head. Available heads are: ['a']", "mace_select_head"),
-        ("KeyError: 1", "mace-torch cannot open it: KeyError: 1"),
+        ("KeyError: 1\nCheck the documentation", "mace-torch cannot open it: KeyError: 1"),
+        ("ModuleNotFoundError: No module named 'mace.old'", "cannot open it: ModuleNotFound"),
     ):
         script = tmp_path / "python"
-        script.write_text(f'#!/bin/sh\necho "{error}" >&2\nexit 1\n')
+        script.write_text(f'#!/bin/sh\nprintf "{error}" >&2\nexit 1\n')
         script.chmod(0o755)
         with pytest.raises(RefusedModel, match=words):
             import_mace(model, out, script)

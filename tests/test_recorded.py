@@ -17,7 +17,7 @@ from mlip.compiled import Compiled, Program, example, padded, uncompiled
 from mlip.data.graph import AtomicGraph
 from mlip.models import build
 from mlip.potential import Potential
-from mlip.recorded import RECORDINGS, Recorded, Results, rounded
+from mlip.recorded import Recorded, Results, rounded
 
 MODELS = ["facet", "gaunt", "ponita", "transip"]
 
@@ -60,7 +60,7 @@ def test_the_same_numbers_for_sizes_that_come_and_go(name: str) -> None:
     plain, tape = potential(name), Tape()
     program = Recorded(uncompiled(plain.model), 4.0, tape)
     fast = plain.with_model(Compiled(plain.model, lambda _: program)).eval()
-    for _ in range(2):
+    for _ in range(3):
         for atoms in structures():
             graph = AtomicGraph.from_atoms(atoms, 4.0)
             expected, found = plain(graph, stress=True), fast(graph, stress=True)
@@ -68,7 +68,7 @@ def test_the_same_numbers_for_sizes_that_come_and_go(name: str) -> None:
                 torch.testing.assert_close(
                     found[key], expected[key], atol=1e-11, rtol=1e-11, equal_nan=True
                 )
-    assert len(tape.sizes) == 4  # a recording each, the second time none
+    assert len(tape.sizes) == 4  # a recording each, when it comes for the second time
     check(plain, fast, "recorded", probe_structures(plain))
 
 
@@ -76,7 +76,8 @@ def test_results_stay_when_the_program_runs_again() -> None:
     plain = potential("facet")
     program = Recorded(uncompiled(plain.model), 4.0, Tape())
     inputs = [padded(with_vectors(atoms), 4.0) for atoms in structures()[:2]]
-    first = program(*inputs[0])
+    for _ in range(2):
+        first = program(*inputs[0])
     kept = [x.clone() for x in first]
     other = (inputs[0][0], inputs[0][1] * 1.01, inputs[0][2])
     program(*other)
@@ -88,15 +89,29 @@ def with_vectors(atoms: Atoms) -> AtomicGraph:
     return graph.replace(vectors=graph.edge_vectors())
 
 
-def test_few_recordings_are_made_and_kept() -> None:
+def test_few_recordings_are_made_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, tape = potential("facet"), Tape()
-    program = Recorded(uncompiled(plain.model), 4.0, tape)
+    operations = uncompiled(plain.model)
+    program = Recorded(operations, 4.0, tape)
     _, v, _ = example(plain.model)
-    for N in range(2, 80):
+
+    def run(N: int, K: int) -> None:
         Z = torch.ones(N, dtype=torch.int64)
-        program(Z, v[:N, :5], torch.zeros(N, 5, dtype=torch.int64))
-    assert len(set(tape.sizes)) == len(tape.sizes) < 40
-    assert len(program._recordings) == RECORDINGS
+        program(Z, v[:1, :1].expand(N, K, 3), torch.zeros(N, K, dtype=torch.int64))
+
+    for N in range(2, 80):
+        run(N, 5)
+    assert len(set(tape.sizes)) == len(tape.sizes) < 30
+    before = len(tape.sizes)
+    for N in (500, 700, 900, 1100, 1500):
+        run(N, 5)
+    assert len(tape.sizes) == before  # each came once
+    monkeypatch.setattr("mlip.recorded.RECORDINGS", 3)
+    program = Recorded(operations, 4.0, tape)
+    for N in (2, 3, 4, 5, 6, 2):
+        run(N, 7)
+        run(N, 7)
+    assert set(program._recordings) == {(5, 7), (6, 7), (2, 7)}
 
 
 def test_large_systems_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +121,10 @@ def test_large_systems_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None
     assert not tape.sizes
 
 
-def test_sizes_are_rounded_up_by_an_eighth_at_most() -> None:
+def test_sizes_are_rounded_up_by_a_quarter_at_most() -> None:
     for n in range(1, 5000):
-        assert n <= rounded(n) <= n * 9 / 8
+        assert n <= rounded(n) <= n * 5 / 4
+    assert [rounded(n + 1) - 1 for n in (8, 64, 216, 512, 1000)] == [8, 64, 224, 512, 1024]
 
 
 def test_a_processor_is_refused() -> None:

@@ -260,8 +260,8 @@ def make_potential(config: TrainConfig, data: RunData) -> tuple[TrainConfig, Pot
     potential = Potential(model, s.e0, scale, repulsion, cohesion, metadata)
     potential.to(torch.float64 if config.precision.dtype == "float64" else torch.float32)
     if old is not None and config.init_from is not None:
-        if warm_start.start_from(potential, old, config.init_from) == denoising.NAME:
-            # Denoising leaves a constant open for each composition.
+        warm_start.start_from(potential, old, config.init_from)
+        if warm_start.leaves_a_constant(old):
             potential.cohesion = fit_cohesion(data.train, s.e0, potential)
     number = sum(p.numel() for p in potential.parameters())
     logger.info("%s: %d parameters, energies in units of %.4g eV", config.model.name, number, scale)

@@ -15,6 +15,7 @@ from typing import Any
 from ase.data import chemical_symbols
 
 from mlip.potential import Potential
+from mlip.training import denoising
 from mlip.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -39,16 +40,11 @@ def decided(old: Potential, elements: Iterable[int], path: Path) -> dict[str, An
     return found
 
 
-def start_from(potential: Potential, old: Potential, path: Path) -> str | None:
+def start_from(potential: Potential, old: Potential, path: Path) -> None:
     """Give a new potential the weights of a saved one.
 
     Scale and energies of cohesion go with the weights, reference energies stay those of the data;
     wrappers may differ.
-
-    Returns
-    -------
-    str or None
-        What it was trained for, if not for energies and forces.
 
     Raises
     ------
@@ -76,4 +72,11 @@ def start_from(potential: Potential, old: Potential, path: Path) -> str | None:
     potential.scale.copy_(old.scale)
     potential.cohesion = old.cohesion
     logger.info("weights of %s", path)
-    return old.objective
+
+
+def leaves_a_constant(old: Potential) -> bool:
+    """Whether a constant for each element is open where reference energies are those of other data:
+    denoising teaches none, and of atoms whose energy is learned it is part of the old ones."""
+    config = unwrapped(old.model)[0].config
+    learned = getattr(config, "isolated", None) == "learned" and old.cohesion is None
+    return old.objective == denoising.NAME or learned

@@ -60,6 +60,11 @@ class MACEConfig(Config):
         (64, 64, 64), min_length=1, description="widths of the radial network"
     )
     readout_hidden: int = Field(16, ge=1, le=1024, description="width of the last readout")
+    first_layer: Literal["residual", "species"] = Field(
+        "residual",
+        description="as in all others; or its density mixed by species, without a skip "
+        "(mace_run_train --model MACE)",
+    )
     gate: bool = Field(False, description="NequIP's gate after each layer")
     reduced: bool = Field(
         False, description="linearly independent products only; fewer weights, same functions"
@@ -145,7 +150,8 @@ class MACE(nn.Module):
         self.basis: nn.Module = RadialBasis(c)
         degrees = [0, *[c.lmax] * (c.num_layers - 1), 0]
         self.layers = nn.ModuleList(
-            Layer(c, Z, lmax_in, lmax_out) for lmax_in, lmax_out in pairwise(degrees)
+            Layer(c, Z, lmax_in, lmax_out, mixed=t == 0 and c.first_layer == "species")
+            for t, (lmax_in, lmax_out) in enumerate(pairwise(degrees))
         )
         self.readouts = nn.ModuleList(ScaledLinear(c.channels, 1) for _ in range(c.num_layers - 1))
         self.readouts.append(ScaledMLP((c.channels, c.readout_hidden, 1)))
@@ -230,9 +236,12 @@ class RadialBasis(nn.Module):
 
 
 class Layer(nn.Module):
-    """Density, symmetric contraction, update."""
+    """Density, symmetric contraction, update; ``mixed``: weights of the element act on the density,
+    not on the features that the layer gets."""
 
-    def __init__(self, c: MACEConfig, num_elements: int, lmax_in: int, lmax_out: int) -> None:
+    def __init__(
+        self, c: MACEConfig, num_elements: int, lmax_in: int, lmax_out: int, *, mixed: bool
+    ) -> None:
         super().__init__()
         C = c.channels
         # Without products of densities, nobody reads the degrees that the output does not have.
@@ -242,18 +251,21 @@ class Layer(nn.Module):
             density, lmax_out, c.correlation, C, num_elements, reduced=c.reduced
         )
         self.update = DegreeLinear(lmax_out, C)
-        self.skip = SpeciesLinear(min(lmax_in, lmax_out), C, num_elements)
+        self.mix = SpeciesLinear(density, C, num_elements) if mixed else None
+        self.skip = None if mixed else SpeciesLinear(min(lmax_in, lmax_out), C, num_elements)
         self.gate = Gate(lmax_out, C) if c.gate else nn.Identity()
 
     def forward(self, h: Tensor, edges: Edges, species: Species) -> Tensor:
         """(LM_in, N, C) -> (LM_out, N, C)."""
         A = self.convolution(h, edges)  # (LM, N, C)
-        m = self.contraction(A, species.present, species.sizes)  # (LM_out, N, C)
-        return self.gate(add_lowest(self.update(m), self.skip(h, species)))
+        if self.mix is not None:
+            A = self.mix(A, species)
+        m = self.update(self.contraction(A, species.present, species.sizes))  # (LM_out, N, C)
+        return self.gate(m if self.skip is None else add_lowest(m, self.skip(h, species)))
 
     def without_neighbors(self, h: Tensor, species: Species) -> Tensor:
         """The same where the density is zero; scalars (1, N, C) -> (1, N, C)."""
-        return self.gate(self.skip(h, species)[:1])
+        return self.gate(torch.zeros_like(h) if self.skip is None else self.skip(h, species)[:1])
 
 
 def add_lowest(a: Tensor, b: Tensor) -> Tensor:

@@ -31,8 +31,10 @@ class Constant(nn.Module):
         self.register_buffer("value", self.exact.to(torch.get_default_dtype()), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.value
         super()._apply(fn, recurse)
-        self.value = self.exact.to(device=self.value.device, dtype=self.value.dtype)
+        if self.value is not before:
+            self.value = self.exact.to(device=self.value.device, dtype=self.value.dtype)
         return self
 
     def forward(self) -> Tensor:

@@ -236,6 +236,33 @@ def test_memory_of_a_compiled_model_is_predicted_without_its_program() -> None:
     assert BoundedPotential(model).count(graph) == BoundedPotential(plain).count(graph) > 0
 
 
+def test_a_mean_over_rotations_compiles_its_program_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def counted(model: object) -> object:
+        made.append(model)
+        return original(model)
+
+    original = mlip.compiled.compiled
+    monkeypatch.setattr(mlip.compiled, "compiled", counted)
+    atoms = molecule("H2O")
+    atoms.calc = EqCalculator(potential("transip"), accelerate="trace", symmetrize="tetrahedral")
+    for k in range(3):
+        atoms.rattle(0.01, seed=k)
+        atoms.calc.get_property("forces_spread", atoms)
+    assert len(made) == 1
+    model = fast("facet", "trace", torch.float32).model
+    model(with_vectors(atoms, torch.float32))
+    program = model._program
+    assert model.float().to("cpu")._program is program is not None  # nothing has changed
+    assert model.double()._program is None
+
+
+def with_vectors(atoms: Atoms, dtype: torch.dtype) -> AtomicGraph:
+    graph = AtomicGraph.from_atoms(atoms, 4.0)
+    return graph.replace(vectors=graph.edge_vectors().to(dtype))
+
+
 def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match=r"compile is for .* and TransIP, not MACE"):
         accelerated(potential("mace"), "compile")
