@@ -14,6 +14,7 @@ from ase.build import molecule
 from numpy.random import default_rng
 
 from mlip import checkpoint
+from mlip.data.dataset import HDF5Dataset
 from mlip.data.graph import AtomicGraph
 from mlip.data.transforms import random_rotations, rotated_each
 from mlip.evaluation.evaluate import evaluate_file
@@ -421,6 +422,29 @@ def test_weights_keep_what_their_data_decided(configure: Configure, tmp_path: Pa
     first = train(configure("third", model=mace, schedule={"max_epochs": 1}))
     with pytest.raises(ValueError, match="no weights for Au"):
         train(configure("fourth", model=mace, init_from=first, data=data))
+
+
+def test_a_shift_in_reference_energies_of_elsewhere_is_fitted_anew(
+    configure: Configure, copper: Path, tmp_path: Path
+) -> None:
+    """As imported models have it, whose isolated atoms have an energy of their own."""
+    small = {"channels": 2, "lmax": 0, "radial_hidden": (4,), "readout_hidden": 2}
+    mace = {"name": "mace", "cutoff": 3.6, "isolated": "learned", **small}
+    own = {**mace, "elements": (29,), "avg_num_neighbors": 9.0}
+    e0 = torch.full((119,), torch.nan)
+    e0[29] = -50.0
+    before = tmp_path / "imported.safetensors"
+    checkpoint.save(Potential(build(own.pop("name"), **own), e0, 0.1), before)
+    frozen = {"optimizer": {"lr": 1e-30, "muon_lr": 1e-30, "weight_decay": 0}}
+    after = configure(
+        "second", init_from=str(before), model=mace, schedule={"max_epochs": 1}, **frozen
+    )
+    potential = checkpoint.load(train(after))
+    data = HDF5Dataset(copper / "train.h5", 3.6)
+    graphs = [data[k] for k in range(len(data))]
+    errors = [float(potential(g)["energy"] - g.energy) / len(g.positions) for g in graphs]
+    assert abs(sum(errors) / len(errors)) < 0.05
+    assert potential.e0[29] != -50
 
 
 def test_several_views_enlarge_the_batch(configure: Configure) -> None:
