@@ -91,10 +91,11 @@ class Compiled(nn.Module):
         return NodeOutput(energy[:N], features[:N])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        program, self._program = self._program, None  # it holds the weights as they were
         before = self._held()
         super()._apply(fn, recurse)
-        if self._held() != before:
-            self._program = None  # it holds the weights as they were
+        if self._held() == before:
+            self._program = program
         return self
 
     def _held(self) -> list[tuple[int, torch.dtype]]:
