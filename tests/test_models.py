@@ -56,7 +56,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mace-scalar": (
         "mace",
-        {**SMALL["mace"], "lmax": 0, "correlation": 2, "max_ell": 2, "reduced": True},
+        {**SMALL["mace"], "lmax": 0, "correlation": 2, "max_ell": 2, "reduced": True}
+        | {"first_layer": "species"},
     ),
     "mace-nequip": (
         "mace",

@@ -10,7 +10,9 @@ layer, in the symbols of Batatia et al. 2022, "MACE" (arXiv:2206.07697), eqs. 7-
 
 Weights, initialisation and normalisation are those of ScaleShiftMACE of mace-torch with its
 residual interaction block, so weights of one give the same energies in the other
-(``benchmarks/mace_reference.py``).  With ``correlation=1`` and ``gate=True`` it is in essence
+(``benchmarks/mace_reference.py``; ``mlip.mace_import``).  With ``first_layer="species"``, as
+``mace_run_train`` has it by default, the first layer takes W[z_i] A_i for A_i and its update has no
+second term.  With ``correlation=1`` and ``gate=True`` it is in essence
 NequIP (Batzner et al. 2022, doi:10.1038/s41467-022-29939-5).
 
 Sums over neighbours are batched matrix products per atom and path: Y is coupled to each direction

@@ -72,9 +72,9 @@ def test_the_published_energy_of_isolated_atoms_is_a_constant() -> None:
     torch.testing.assert_close(b["node_energy"] - a["node_energy"], expected, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("gate", [False, True])
-def test_isolated_atoms_of_several_elements_have_energy_zero(gate: bool) -> None:
-    p = potential(elements=(1, 6, 8), gate=gate)
+@pytest.mark.parametrize("options", [{"gate": False}, {"gate": True}, {"first_layer": "species"}])
+def test_isolated_atoms_of_several_elements_have_energy_zero(options: dict[str, Any]) -> None:
+    p = potential(elements=(1, 6, 8), **options)
     atoms = Atoms("OHCHO", positions=[[20.0 * k, 0, 0] for k in range(5)])
     assert p(AtomicGraph.from_atoms(atoms, 4.0))["node_energy"].abs().max() < 1e-14
 
