@@ -170,7 +170,9 @@ def main() -> None:
     )
     parser.add_argument("sides", nargs="*", default=SIDES)
     parser.add_argument("--sets", nargs="+", choices=BATCH, default=list(BATCH))
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument(
+        "--minutes", type=float, nargs="+", default=[60, 6], help="the peer has the first only"
+    )
     parser.add_argument("--table", action="store_true", help="write table and plot into the docs")
     a = parser.parse_args()
     if a.table:
@@ -181,7 +183,7 @@ def main() -> None:
         return
     for dataset in a.sets:
         for side in a.sides:
-            for minutes in (a.minutes,) if side == MACE else (a.minutes, a.minutes / 10):
+            for minutes in a.minutes[:1] if side == MACE else a.minutes:
                 key: Row = {"set": dataset, "side": side, "minutes": minutes}
                 name = side.replace(":", "-").replace(" ", "-")
                 run = runs() / f"curve-{dataset}-{name}-{minutes:g}m"

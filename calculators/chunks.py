@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mlip.backends import PATIENCE, eventually
 from mlip.calculators.memory import LiveBytes, available_memory
 from mlip.compiled import Compiled
 from mlip.data.graph import AtomicGraph, NodeOutput
@@ -152,18 +153,25 @@ class BoundedPotential:
     ----------
     potential : in evaluation mode
     max_memory : float, bytes; None: what is free
+    patient : after ``mlip.backends.PATIENCE`` evaluations it is made faster, if it can be
     """
 
-    def __init__(self, potential: Potential, max_memory: float | None = None) -> None:
+    def __init__(
+        self, potential: Potential, max_memory: float | None = None, patient: bool = False
+    ) -> None:
         self.potential, self.max_memory = potential, max_memory
         reach = float(getattr(potential.model, "receptive_field", math.inf))
         self.hops = math.ceil(reach / potential.cutoff - 1e-9) if math.isfinite(reach) else None
         self.bytes_per_slot: float | None = None
         self._fits = 0 if max_memory is not None else SMALL
         self._told = False
+        self._patience = PATIENCE if patient else -1
 
     def __call__(self, graph: AtomicGraph, *, stress: bool = False) -> dict[str, Tensor]:
         """As the potential itself."""
+        if self._patience == 0:
+            self.potential = eventually(self.potential)
+        self._patience -= 1
         whole = slots(graph)
         if whole <= self._fits or self.hops is None:
             return self.potential(graph, stress=stress)

@@ -32,6 +32,7 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.outputs import Properties, all_outputs
 from ase.stress import full_3x3_to_voigt_6_stress
 
+from mlip.backends import is_auto
 from mlip.calculators.chunks import BoundedPotential
 from mlip.calculators.foreign_options import MODEL_ALIASES, refuse_unknown, take_alias
 from mlip.calculators.hessian import hessian
@@ -82,8 +83,8 @@ class EqCalculator(Calculator):
     accelerate : str or sequence of str, optional
         ``"compile"``: one compiled program, about a minute the first time, not for all models;
         ``"cudagraph"``: one recorded for a GPU; ``"splines"``: tables in place of MACE's radial
-        networks; ``"cuequivariance"``: NVIDIA's; ``"auto"``: what is known to pay at once for
-        the model, or nothing.  Each is checked against the plain model in float64 first.
+        networks; ``"cuequivariance"``: NVIDIA's; ``"auto"``: what is known to pay (compiled: after
+        5000 steps).  Each is checked against the plain model in float64 first.
     program : str or path, optional
         The same as ``"compile"``, compiled before by ``mlip compile`` and checked alike.  Such a
         file is code that runs when it is loaded: give only one that you made or trust.
@@ -143,15 +144,13 @@ class EqCalculator(Calculator):
                 "EqCalculator needs a model: a file, the name of a shipped model, or a Potential"
             )
         self.device = parse_device(device)
-        with torch.inference_mode(
-            False
-        ):  # weights made in inference mode could not be differentiated through
+        with torch.inference_mode(False):  # weights made in it cannot be differentiated through
             self.potentials = own_potentials(model, self.device, parse_dtype(dtype))
             self.device = self.potentials[0].e0.device
             self.potentials = quickened(self.potentials, accelerate, program)
             self.potentials = averaged(self.potentials, symmetrize)
         memory = None if max_memory is None else parse_memory(max_memory)
-        self._bounded = [BoundedPotential(p, memory) for p in self.potentials]
+        self._bounded = [BoundedPotential(p, memory, is_auto(accelerate)) for p in self.potentials]
         self.skin = skin
         self._energy_unit, self._length_unit = float(energy_units_to_eV), float(length_units_to_A)
         self.hessian_unit = self._energy_unit / self._length_unit**2

@@ -47,6 +47,8 @@ class Bars(NamedTuple):
 BARS = {torch.float32: Bars(1e-6, 1e-4, 1e-6), torch.float64: Bars(1e-9, 1e-8, 1e-9)}
 # Where the plain model itself has rounding errors beyond the bars, so many times these are allowed.
 ROUNDING = 10
+# Evaluations after which "auto" compiles; for fewer the compiler's minute does not pay.
+PATIENCE = 5000
 PATH = 0.05  # angstrom, of each coordinate on the path on which the work of the forces is taken
 NODES = 6  # points on it
 
@@ -219,8 +221,37 @@ BACKENDS: dict[str, Backend] = {
 
 
 def automatic(potential: Potential) -> list[str]:
-    """Names of what makes this potential faster here, as far as benchmarks say."""
+    """Names of what makes this potential faster at once, as far as benchmarks say."""
     return ["splines"] if isinstance(potential.model, MACE) else []
+
+
+def is_auto(wish: str | Sequence[str] | None) -> bool:
+    """Whether a user wishes for ``"auto"``."""
+    return wish is not None and (wish == "auto" or list(wish) == ["auto"])
+
+
+def eventually(potential: Potential) -> Potential:
+    """The potential with what pays after thousands of evaluations: compiled on a processor, if it
+    can be, with a warning of the pause; otherwise as it is."""
+    device, way = potential.e0.device, BACKENDS["compile"]
+    if device.type != "cpu" or way.obstacle(device) is not None or not has_program(potential.model):
+        return potential
+    pause = f"compiling the model after {PATIENCE} evaluations: a pause of about a minute"
+    warnings.warn(pause, stacklevel=3)
+    try:
+        return accelerated(potential, way)
+    except BackendError as problem:
+        warnings.warn(f"not compiled: {problem}", stacklevel=3)
+        return potential
+
+
+def has_program(model: Any) -> bool:
+    """Whether ``require_program`` lets this model pass."""
+    try:
+        require_program(model, "compile")
+    except BackendError:
+        return False
+    return True
 
 
 def requested(potential: Potential, wish: str | Sequence[str] | None) -> Potential:
@@ -228,9 +259,8 @@ def requested(potential: Potential, wish: str | Sequence[str] | None) -> Potenti
 
     What ``"auto"`` chooses and the check refuses is left out with a warning.
     """
-    names = [wish] if isinstance(wish, str) else list(wish or ())
-    if names != ["auto"]:
-        return accelerated(potential, names)
+    if not is_auto(wish):
+        return accelerated(potential, [wish] if isinstance(wish, str) else list(wish or ()))
     try:
         return accelerated(potential, automatic(potential))
     except BackendError as problem:
@@ -268,7 +298,7 @@ def accelerated(
         if isinstance(backend, str):
             if backend not in BACKENDS:
                 raise ValueError(
-                    f"unknown acceleration '{backend}'; there is {', '.join(BACKENDS)}"
+                    f"unknown acceleration '{backend}'; there is {', '.join(BACKENDS)}, auto"
                 )
             backend = BACKENDS[backend]
         if (obstacle := backend.obstacle(device)) is not None:

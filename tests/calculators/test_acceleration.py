@@ -25,6 +25,7 @@ from mlip.backends import (
 )
 from mlip.calculators import EqCalculator
 from mlip.calculators.chunks import BoundedPotential, in_pieces, pieces, slots
+from mlip.compiled import Compiled
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.models import build
 from mlip.potential import Potential
@@ -189,6 +190,45 @@ def test_where_it_does_not_pay_it_is_refused(random_facet: object) -> None:
     EqCalculator(plain, accelerate=["auto"])
     with pytest.raises(BackendError, match=r"splines are for MACE; .* Facet are cheap"):
         EqCalculator(plain, accelerate=["splines"])
+
+
+def test_auto_compiles_when_it_has_been_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlip.calculators.chunks.PATIENCE", 2)
+    calc = EqCalculator(potential("facet"), accelerate="auto")
+    plain = EqCalculator(potential("facet"))
+    atoms = molecule("H2O")
+    for step in range(4):
+        atoms.positions[0, 0] += 0.01
+        if step == 2:
+            with pytest.warns(UserWarning, match="compiling the model after"):
+                calc.calculate(atoms)
+        else:
+            calc.calculate(atoms)
+        plain.calculate(atoms)
+        assert (type(calc._bounded[0].potential.model) is Compiled) == (step >= 2)
+        assert_close(calc.results["forces"], plain.results["forces"], atol=1e-5, rtol=0)
+
+
+def test_auto_leaves_what_is_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlip.calculators.chunks.PATIENCE", 0)
+    calc = EqCalculator(potential("mace"), accelerate="auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calc.calculate(molecule("H2O"))
+    assert type(calc._bounded[0].potential.model) is type(calc.potentials[0].model)
+
+
+def test_auto_goes_on_when_the_compiler_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr("mlip.calculators.chunks.PATIENCE", 0)
+    monkeypatch.setattr(mlip.compiled, "compiled", fail)
+    calc = EqCalculator(potential("facet"), accelerate="auto")
+    failed = pytest.warns(UserWarning, match="'compile' failed: RuntimeError: no such instruction")
+    with pytest.warns(UserWarning, match="compiling the model after"), failed:
+        calc.calculate(molecule("H2O"))
+    assert abs(calc.results["forces"]).max() > 0
 
 
 def test_one_program_serves_all_sizes() -> None:
