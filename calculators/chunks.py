@@ -94,7 +94,8 @@ def piece(graph: AtomicGraph, atoms: Tensor, hops: int) -> Piece:
 def pieces(graph: AtomicGraph, hops: int, limit: float) -> list[Piece]:
     """Pieces of at most ``limit`` slots, or not much larger than what one atom needs.
 
-    Groups are halved where they are longest, until they are small enough.
+    Structures of a batch are parted, and then each halved where it is longest, until they are small
+    enough.
     """
     everything = torch.arange(len(graph.atomic_numbers), device=graph.edge_index.device)
     limit = max(limit, 2 * piece(graph, everything[:1], hops).slots)
@@ -108,6 +109,11 @@ def pieces(graph: AtomicGraph, hops: int, limit: float) -> list[Piece]:
         part = piece(graph, atoms, hops)
         if part.slots <= limit or len(atoms) == 1:
             done.append(part)
+            continue
+        first, last = (int(k) for k in graph.batch[atoms[[0, -1]]])
+        if first < last:
+            below = graph.batch[atoms] <= (first + last) // 2
+            todo += [atoms[below], atoms[~below]]
             continue
         r = places[atoms]
         axis = int((r.amax(dim=0) - r.amin(dim=0)).argmax())
@@ -156,6 +162,8 @@ class BoundedPotential:
     patient : after ``mlip.backends.PATIENCE`` evaluations it is made faster, if it can be
     """
 
+    training = False
+
     def __init__(
         self, potential: Potential, max_memory: float | None = None, patient: bool = False
     ) -> None:
@@ -165,13 +173,14 @@ class BoundedPotential:
         self.bytes_per_slot: float | None = None
         self._fits = 0 if max_memory is not None else SMALL
         self._told = False
-        self._patience = PATIENCE if patient else -1
+        self._left = PATIENCE if patient else math.inf  # evaluations
 
     def __call__(self, graph: AtomicGraph, *, stress: bool = False) -> dict[str, Tensor]:
         """As the potential itself."""
-        if self._patience == 0:
+        self._left -= 1
+        if self._left < 0:
+            self._left = math.inf  # first: other threads go on meanwhile with what there is
             self.potential = eventually(self.potential)
-        self._patience -= 1
         whole = slots(graph)
         if whole <= self._fits or self.hops is None:
             return self.potential(graph, stress=stress)
@@ -192,7 +201,14 @@ class BoundedPotential:
             self._told = True
         if len(parts) == 1:
             return self.potential(graph, stress=stress)
-        return in_pieces(self.potential, graph, parts, stress)
+        return in_pieces(self.plain, graph, parts, stress)
+
+    @property
+    def plain(self) -> Potential:
+        """Without a program: programs refuse to be watched, and give no gradients of some atoms'
+        energies, for which ``Compiled`` computes the model once more and takes twice the memory."""
+        model = self.potential.model
+        return self.potential.with_model(model.model) if type(model) is Compiled else self.potential
 
     def limit(self, device: torch.device) -> float:
         """Bytes that may be used."""
@@ -210,10 +226,7 @@ class BoundedPotential:
             group[j[group[i]]] = True
             if sample.slots >= SAMPLE or int(group.sum()) == before:
                 break
-        vectors = graph.edge_vectors().detach()
-        plain = self.potential
-        if type(plain.model) is Compiled:  # programs refuse to be watched, and take no more
-            plain = plain.with_model(plain.model.model)
+        vectors, plain = graph.edge_vectors().detach(), self.plain
         with LiveBytes() as live:
             atoms, _ = evaluate_piece(plain, sample, vectors)
         if atoms.forces is not None:  # of the whole structure they have no net force

@@ -33,6 +33,7 @@ from ase.outputs import Properties, all_outputs
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from mlip.backends import is_auto
+from mlip.calculators.batching import as_frames, batches
 from mlip.calculators.chunks import BoundedPotential
 from mlip.calculators.foreign_options import MODEL_ALIASES, refuse_unknown, take_alias
 from mlip.calculators.hessian import hessian
@@ -46,7 +47,7 @@ from mlip.calculators.model_sources import (
     quickened,
 )
 from mlip.calculators.neighbor_cache import NeighborCache
-from mlip.calculators.rotation_spread import averaged, has_spread, with_spread
+from mlip.calculators.rotation_spread import averaged, has_spread, with_spread, without_mean
 from mlip.calculators.shield import shielded
 from mlip.calculators.structure_checks import check_distances, check_finite, check_structure
 from mlip.data.graph import AtomicGraph
@@ -150,7 +151,8 @@ class EqCalculator(Calculator):
             self.potentials = quickened(self.potentials, accelerate, program)
             self.potentials = averaged(self.potentials, symmetrize)
         memory = None if max_memory is None else parse_memory(max_memory)
-        self._bounded = [BoundedPotential(p, memory, is_auto(accelerate)) for p in self.potentials]
+        wait = is_auto(accelerate)
+        self._bounded = [BoundedPotential(without_mean(p), memory, wait) for p in self.potentials]
         self.skin = skin
         self._energy_unit, self._length_unit = float(energy_units_to_eV), float(length_units_to_A)
         self.hessian_unit = self._energy_unit / self._length_unit**2
@@ -210,7 +212,7 @@ class EqCalculator(Calculator):
         ValueError
             With the number of a structure that cannot be evaluated.
         """
-        frames = list(structures)
+        frames = as_frames(structures)
         results: list[dict[str, Any]] = []
         for batch in batches([len(atoms) for atoms in frames], max_atoms):
             twins = [self.twin(skin=0.0) for _ in batch]
@@ -390,7 +392,7 @@ class EqCalculator(Calculator):
             for cutoff, parts in graphs.items()
         }
         for potential, bounded in zip(self.potentials, self._bounded, strict=True):
-            yield with_spread(bounded, batches[potential.cutoff], stress), potential
+            yield with_spread(potential, bounded, batches[potential.cutoff], stress), potential
 
     def checked_graphs(self, atoms: Atoms) -> dict[float, AtomicGraph]:
         """The structure within each cutoff; ValueError if it is none."""
@@ -482,18 +484,3 @@ class EqCalculator(Calculator):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
-
-
-def batches(sizes: Sequence[int], max_atoms: int) -> Iterator[list[int]]:
-    """Consecutive numbers of structures with at most ``max_atoms`` atoms together, or single
-    ones."""
-    batch: list[int] = []
-    atoms = 0
-    for k, size in enumerate(sizes):
-        if batch and atoms + size > max_atoms:
-            yield batch
-            batch, atoms = [], 0
-        batch.append(k)
-        atoms += size
-    if batch:
-        yield batch

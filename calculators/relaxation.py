@@ -23,7 +23,8 @@ from ase.io import read
 from ase.optimize import BFGS, FIRE, LBFGS, BFGSLineSearch
 from ase.optimize.fire2 import FIRE2
 
-from mlip.calculators.eq_calculator import EqCalculator, batches
+from mlip.calculators.batching import batches
+from mlip.calculators.eq_calculator import EqCalculator
 from mlip.calculators.log_strain_filter import LogStrainFilter
 
 OPTIMIZERS: dict[str, Any] = {
@@ -157,7 +158,11 @@ def relax_many(
     ------
     TypeError
         For a calculator that cannot evaluate several structures at once.
+    ValueError
+        For settings that make no sense.
     """
+    if max_atoms < 1:
+        raise ValueError(f"max_atoms = {max_atoms}; give a number of atoms >= 1")
     settings = _Settings(
         cell, pressure, keep_symmetry, fmax, max_steps, optimizer, symprec, on_step
     )
@@ -181,17 +186,31 @@ def relax_many(
                     runs[-1].atoms.calc = calculator.twin()
                     active.append(runs[-1])
         for batch in batches([len(run.atoms) for run in active], max_atoms):
-            members = [active[k] for k in batch]
-            problems = EqCalculator.calculate_together(
-                [run.atoms.calc for run in members], [run.atoms for run in members]
-            )
-            for run, problem in zip(members, problems, strict=True):
-                if problem is None:
-                    run.advance()
-                else:
-                    run.fail(problem)
+            _advance_together([active[k] for k in batch])
+        for run in active:
+            if run.finished:
+                run.close()
         active = [run for run in active if not run.finished]
-    return [run.close() for run in runs]
+    return [run.result for run in runs]
+
+
+def _advance_together(members: Sequence[_Relaxation]) -> None:
+    """Evaluate geometries as one batch, and move on."""
+    try:
+        problems: Sequence[Exception | None] = EqCalculator.calculate_together(
+            [run.atoms.calc for run in members], [run.atoms for run in members]
+        )
+    except Exception as problem:  # of the model or the machine; whose it is only one alone can say
+        if len(members) > 1:
+            for run in members:
+                _advance_together([run])
+            return
+        problems = [problem]
+    for run, each in zip(members, problems, strict=True):
+        if each is None:
+            run.advance()
+        else:
+            run.fail(each)
 
 
 @dataclass(frozen=True)
@@ -260,7 +279,10 @@ class _Relaxation:
         self.finished = True
 
     def close(self) -> RelaxResult:
-        self.result.spacegroup = spacegroup(self.result.atoms, self.settings.symprec)
+        """The result; neighbour lists and the optimizer's memory of many runs would fill it."""
+        self.atoms = self.target = self.optimizer = None
+        if np.isfinite(self.result.energy):  # spglib crashes on what may not be evaluated: NaN
+            self.result.spacegroup = spacegroup(self.result.atoms, self.settings.symprec)
         return self.result
 
     def _start(self) -> None:
@@ -359,6 +381,9 @@ def _named(structures: Any) -> Iterator[tuple[str, Atoms | None, str | None]]:
     for k, item in enumerate(structures):
         if isinstance(item, Atoms):
             yield str(item.info.get("name", f"{item.get_chemical_formula()} #{k}")), item, None
+            continue
+        if not isinstance(item, str | os.PathLike):
+            yield f"#{k}", None, f"neither Atoms nor a file, but {type(item).__name__}"
             continue
         path = os.fspath(item)
         try:

@@ -47,22 +47,25 @@ def has_spread(potential: Potential) -> bool:
     return isinstance(potential.model, RotationAveraging)
 
 
-def with_spread(bounded: BoundedPotential, graph: AtomicGraph, stress: bool) -> dict[str, Tensor]:
-    """Output of a potential in evaluation mode.
+def without_mean(potential: Potential) -> Potential:
+    """The potential whose mean over rotations this is, or itself."""
+    model = potential.model
+    return potential.with_model(model.model) if isinstance(model, RotationAveraging) else potential
+
+
+def with_spread(
+    potential: Potential, bounded: BoundedPotential, graph: AtomicGraph, stress: bool
+) -> dict[str, Tensor]:
+    """Output of a potential in evaluation mode, of which ``bounded`` is ``without_mean``.
 
     Of a mean over rotations all copies are evaluated one by one, at the same cost: the result is
     the same, and ``energy_spread`` (G,) eV and ``forces_spread`` (N,) eV/angstrom come with it.
     """
-    potential = bounded.potential
     wrapper = potential.model
     if not isinstance(wrapper, RotationAveraging):
         return bounded(graph, stress=stress)
     orbit = rotation_orbit(
-        potential.with_model(wrapper.model),
-        graph,
-        wrapper.rotations,
-        stress=stress,
-        max_edges=wrapper.options.max_edges,
+        bounded, graph, wrapper.rotations, stress=stress, max_edges=wrapper.options.max_edges
     )
     spread = {"energy_spread": orbit.energy_spread(), "forces_spread": orbit.forces_spread()}
     return orbit.consensus() | spread

@@ -10,16 +10,23 @@ vectors, so one backward pass gives the forces of all copies.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from mlip.data.graph import AtomicGraph
 from mlip.nn.rotations import Rotations
-from mlip.potential import Potential
 
 MAX_EDGES = 100_000  # of a batch of copies; bounds the memory
+
+
+class Evaluated(Protocol):
+    """A ``Potential``, or what evaluates one."""
+
+    training: bool
+
+    def __call__(self, graph: AtomicGraph, *, stress: bool = False) -> Any: ...
 
 
 class RotationOrbit(NamedTuple):
@@ -67,7 +74,7 @@ def variance(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def rotation_orbit(
-    potential: Potential,
+    potential: Evaluated,
     graph: AtomicGraph,
     rotations: Rotations,
     *,

@@ -106,6 +106,14 @@ def test_batches_molecules_and_atoms_without_neighbours() -> None:
     assert_same(in_pieces(plain, graph, parts, stress=True), plain(graph, stress=True))
 
 
+def test_structures_are_parted_before_they_are_cut() -> None:
+    """They see nothing of each other, so that costs nothing."""
+    graph = AtomicGraph.collate([AtomicGraph.from_atoms(crystal(5), 3.0) for _ in range(6)])
+    parts = pieces(graph, 2, slots(graph) / 3)
+    assert len(parts) == 4  # 3, 3, and again
+    assert sum(part.slots for part in parts) == slots(graph)
+
+
 def test_a_cell_smaller_than_the_halo_stays_right() -> None:
     plain = potential(cutoff=4.5)
     graph = AtomicGraph.from_atoms(bulk("Si") * (2, 1, 1), plain.cutoff)
@@ -141,6 +149,18 @@ def test_where_pieces_need_as_much_the_whole_is_taken_and_said() -> None:
         result = calc.evaluate([atoms])[0]
     expected = EqCalculator(potential()).evaluate([atoms])[0]
     assert result["energy"] == expected["energy"]
+
+
+@pytest.mark.filterwarnings("ignore:symmetrize")  # of an exact model
+def test_copies_of_a_mean_over_rotations_are_bounded_too() -> None:
+    atoms, options = crystal(8), {"symmetrize": "tetrahedral"}
+    plain = EqCalculator(potential(), **options)
+    small = EqCalculator(potential(), max_memory=6e6, **options)
+    with pytest.warns(UserWarning, match="768 atoms need .* MB may be used, so they are evaluated"):
+        b = small.evaluate(atoms)[0]
+    a = plain.evaluate(atoms)[0]
+    for key in ("forces", "stress", "energies", "forces_spread"):
+        assert np.abs(a[key] - b[key]).max() < 1e-10 * max(np.abs(a[key]).max(), 1)
 
 
 def test_forces_of_their_own_are_taken_from_the_whole() -> None:

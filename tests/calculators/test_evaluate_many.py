@@ -48,6 +48,28 @@ def test_what_is_wrong_is_said_with_the_number(toy) -> None:
     with pytest.raises(ValueError, match="structure 5: position of atom 1"):
         calc.evaluate([*structures(), broken])
     assert calc.evaluate([]) == []
+    with pytest.raises(TypeError, match="structure 1 is str, not Atoms; read files"):
+        calc.evaluate([structures()[0], "file.cif"])
+
+
+def test_one_alone_is_a_list_of_one(toy) -> None:
+    calc, atoms = EqCalculator(toy), structures()[0]
+    (alone,) = calc.evaluate(atoms)
+    assert alone["energy"] == calc.evaluate([atoms])[0]["energy"]
+
+
+def test_huge_and_tiny_ones_in_one_batch(toy) -> None:
+    """Neighbourhoods of very different sizes share a batch without a trace."""
+    calc = EqCalculator(toy, dtype="float64")
+    frames = [
+        bulk("Cu") * (6, 6, 6),
+        Atoms("H"),
+        bulk("Cu", a=2.2),
+        Atoms("OH", [[0] * 3, [9] * 3]),
+    ]
+    for atoms, results in zip(frames, calc.evaluate(frames, max_atoms=1000), strict=True):
+        calc.calculate(atoms)
+        np.testing.assert_allclose(results["forces"], calc.results["forces"], atol=1e-10)
 
 
 def test_a_twin_has_results_of_its_own(toy) -> None:

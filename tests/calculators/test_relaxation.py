@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -188,3 +190,60 @@ def test_one_bad_structure_among_many_stops_no_other(toy, tmp_path) -> None:
     assert "cannot be read" in results[2].error
     with pytest.raises(TypeError, match="use relax"):
         relax_many(copper(), EMT())
+    with pytest.raises(ValueError, match="max_atoms = 0"):
+        relax_many(copper(), toy, max_atoms=0)
+
+
+def test_what_is_no_structure_stops_no_other(toy) -> None:
+    nowhere = copper()
+    nowhere.positions[0] = np.nan  # on which spglib would end the process
+    nothing = Atoms(cell=[3, 3, 3], pbc=True)
+    structures = [nowhere, 3, nothing, molecule("H2O"), Atoms("Cu", pbc=True), bulk("Cu")]
+    for results in (
+        relax(structures, toy, cell=True),
+        relax_many(iter(structures), toy, cell=True),
+    ):
+        assert [r.converged for r in results] == [False] * 5 + [True]
+        for result, reason in zip(
+            results, ("not finite", "but int", "no atoms", "pbc", "cell"), strict=False
+        ):
+            assert reason in result.error
+    assert relax_many([], toy) == []
+
+
+def test_a_failure_of_the_machine_is_that_of_its_structure(toy, monkeypatch) -> None:
+    large = bulk("Cu", cubic=True) * (1, 1, 2)
+    original = EqCalculator.calculate_together
+
+    def narrow(calculators, structures):
+        if any(len(atoms) == 8 for atoms in structures):
+            raise RuntimeError("out of memory")
+        return original(calculators, structures)
+
+    monkeypatch.setattr(EqCalculator, "calculate_together", narrow)
+    results = relax_many([copper(), large, copper()], toy, fmax=0.05)
+    assert [r.error for r in results] == [None, "out of memory", None]
+    assert results[0].converged and results[2].converged
+
+
+def test_what_is_finished_keeps_nothing_but_its_result(toy, monkeypatch) -> None:
+    """Neighbour lists and matrices of optimizers of thousands of structures would add up."""
+    alive = weakref.WeakSet()
+    original = EqCalculator.twin
+
+    def twin(self):
+        made = original(self)
+        alive.add(made)
+        return made
+
+    most = 0
+
+    def count(*_) -> None:
+        nonlocal most
+        gc.collect()
+        most = max(most, len(alive))
+
+    monkeypatch.setattr(EqCalculator, "twin", twin)
+    frames = (bulk("Cu", a=a) for a in np.linspace(3.4, 3.6, 8))
+    results = relax_many(frames, toy, max_atoms=2, fmax=0.05, max_steps=2, on_step=count)
+    assert len(results) == 8 and most <= 3
