@@ -173,7 +173,13 @@ class Compile:
     def convert(self, model: Any) -> Any:
         """Copy that is compiled when it is first called."""
         require_program(model, self.name)
-        return Compiled(copy.deepcopy(model))
+        return Compiled(copy.deepcopy(model), compiled_function)
+
+
+def compiled_function(model: Any) -> Program:
+    """The compiled program as a mere function: a module would become a part of ``Compiled``, and be
+    copied, moved and pickled (which it cannot be) with it."""
+    return partial(compiled(model))
 
 
 def require_program(model: Any, way: str) -> None:
@@ -298,7 +304,8 @@ def accelerated(
         if isinstance(backend, str):
             if backend not in BACKENDS:
                 raise ValueError(
-                    f"unknown acceleration '{backend}'; there is {', '.join(BACKENDS)}, auto"
+                    f"unknown acceleration '{backend}'; there is {', '.join(BACKENDS)}, and auto, "
+                    f"which stands alone"
                 )
             backend = BACKENDS[backend]
         if (obstacle := backend.obstacle(device)) is not None:

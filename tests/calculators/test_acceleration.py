@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import time
 import warnings
 from collections.abc import Iterator
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from torch.testing import assert_close
 
-import mlip.compiled
+import mlip.backends
 from mlip.backends import (
     BACKENDS,
     BackendError,
@@ -25,12 +28,14 @@ from mlip.backends import (
 )
 from mlip.calculators import EqCalculator
 from mlip.calculators.chunks import BoundedPotential, in_pieces, pieces, slots
+from mlip.calculators.memory import LiveBytes
 from mlip.compiled import Compiled
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.models import build
 from mlip.potential import Potential
 from tests.conftest import without_zeros
 
+COMPILE = torch.compile
 CASES = [
     ("mace", "splines", torch.float32),
     ("mace", "splines", torch.float64),
@@ -209,6 +214,54 @@ def test_auto_compiles_when_it_has_been_patient(monkeypatch: pytest.MonkeyPatch)
         assert_close(calc.results["forces"], plain.results["forces"], atol=1e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:symmetrize", "ignore:compiling the model")
+def test_auto_waits_for_the_model_in_a_mean_over_rotations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlip.calculators.chunks.PATIENCE", 1)
+    options = {"symmetrize": "tetrahedral"}
+    calc = EqCalculator(potential("transip"), accelerate="auto", **options)
+    plain = EqCalculator(potential("transip"), **options)
+    atoms = molecule("H2O")
+    for _ in range(3):
+        atoms.rattle(0.01)
+        for each in (calc, plain):
+            each.calculate(atoms)
+        for key in ("forces", "forces_spread", "energies"):
+            assert_close(calc.results[key], plain.results[key], atol=1e-9, rtol=0)
+    assert type(calc._bounded[0].potential.model) is Compiled
+
+
+def test_auto_compiles_once_for_all_twins_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def slow(plain: Potential) -> Potential:
+        called.append(plain)
+        time.sleep(0.5)
+        return plain
+
+    monkeypatch.setattr("mlip.calculators.chunks.PATIENCE", 3)
+    monkeypatch.setattr("mlip.calculators.chunks.eventually", slow)
+    calc = EqCalculator(potential("facet"), accelerate="auto")
+
+    def steps(twin: EqCalculator) -> int:
+        return sum(len(twin.evaluate([molecule("H2O")])) for _ in range(4))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(steps, [calc.twin() for _ in range(4)])) == 16
+    assert len(called) == 1
+
+
+def test_what_was_compiled_is_copied_and_pickled_without_its_program() -> None:
+    calc = EqCalculator(potential("facet"), accelerate="trace")
+    atoms = molecule("H2O")
+    calc.calculate(atoms)
+    model = calc.potentials[0].model
+    assert model._program is not None and list(model.children()) == [model.model]
+    assert copy.deepcopy(calc).potentials[0].model._program is None
+    other = pickle.loads(pickle.dumps(calc))
+    other.calculate(atoms)
+    assert_close(other.results["forces"], calc.results["forces"])
+
+
 def test_auto_leaves_what_is_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlip.calculators.chunks.PATIENCE", 0)
     calc = EqCalculator(potential("mace"), accelerate="auto")
@@ -223,7 +276,7 @@ def test_auto_goes_on_when_the_compiler_fails(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr("mlip.calculators.chunks.PATIENCE", 0)
-    monkeypatch.setattr(mlip.compiled, "compiled", fail)
+    monkeypatch.setattr(mlip.backends, "compiled", fail)
     calc = EqCalculator(potential("facet"), accelerate="auto")
     failed = pytest.warns(UserWarning, match="'compile' failed: RuntimeError: no such instruction")
     with pytest.warns(UserWarning, match="compiling the model after"), failed:
@@ -246,6 +299,20 @@ def test_one_program_serves_all_sizes() -> None:
     assert other.float().model._program is None  # it holds the weights, and goes with them
 
 
+def test_the_compiler_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever sizes come and go, equal ones and those of 0 and 1 included."""
+    monkeypatch.setattr(torch, "compile", lambda program, **_: dynamo(program))
+    dynamo = partial(COMPILE, backend="eager", dynamic=True, fullgraph=True)
+    plain = potential("facet")
+    model = accelerated(plain, Trace())
+    row = Atoms("C8", [[1.3 * k, 0, 0] for k in range(8)])
+    frames = [Atoms("O"), bulk("C"), bulk("C", cubic=True) * 2, molecule("CH3COOH")]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for atoms in [*frames, *(row[:n] for n in range(2, 8))]:
+            graph = AtomicGraph.from_atoms(atoms, plain.cutoff)
+            assert_close(model(graph)["forces"], plain(graph)["forces"], atol=1e-10, rtol=0)
+
+
 def test_descriptors_of_a_compiled_model_are_invariants() -> None:
     graph = AtomicGraph.from_atoms(molecule("H2O"), 4.0)
     invariants = [
@@ -255,7 +322,7 @@ def test_descriptors_of_a_compiled_model_are_invariants() -> None:
     assert invariants[0].shape[1] < 24  # a vector counts once
 
 
-def test_pieces_of_a_compiled_model_are_right() -> None:
+def test_pieces_of_a_compiled_model_are_right_and_those_of_the_plain_one() -> None:
     """Gradients of some atoms' energies are not what the program gives."""
     plain, model = potential("facet"), fast("facet", "trace")
     graph = AtomicGraph.from_atoms(crystal(8), plain.cutoff)
@@ -263,6 +330,13 @@ def test_pieces_of_a_compiled_model_are_right() -> None:
     assert len(parts) > 1
     whole = plain(graph)["forces"]
     assert_close(in_pieces(model, graph, parts, stress=False)["forces"], whole, atol=1e-10, rtol=0)
+    peaks = []
+    for each in (plain, model):
+        bounded = BoundedPotential(each, max_memory=1.0)
+        with pytest.warns(UserWarning, match=r"in \d pieces"), LiveBytes() as live:
+            bounded(graph)
+        peaks.append(live.peak)
+    assert peaks[1] < 1.05 * peaks[0]  # the prediction is the plain model's
 
 
 def test_memory_of_a_compiled_model_is_predicted_without_its_program() -> None:
@@ -272,7 +346,7 @@ def test_memory_of_a_compiled_model_is_predicted_without_its_program() -> None:
     def program(*_: torch.Tensor) -> None:
         raise AssertionError("programs of torch.compile raise when tensors are watched")
 
-    model = model.with_model(mlip.compiled.Compiled(model.model.model, lambda _: program))
+    model = model.with_model(Compiled(model.model.model, lambda _: program))
     assert BoundedPotential(model).count(graph) == BoundedPotential(plain).count(graph) > 0
 
 
@@ -283,8 +357,8 @@ def test_a_mean_over_rotations_compiles_its_program_once(monkeypatch: pytest.Mon
         made.append(model)
         return original(model)
 
-    original = mlip.compiled.compiled
-    monkeypatch.setattr(mlip.compiled, "compiled", counted)
+    original = mlip.backends.compiled
+    monkeypatch.setattr(mlip.backends, "compiled", counted)
     atoms = molecule("H2O")
     atoms.calc = EqCalculator(potential("transip"), accelerate="trace", symmetrize="tetrahedral")
     for k in range(3):
@@ -318,7 +392,7 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("internal error\nof the compiler")
 
-    monkeypatch.setattr(mlip.compiled, "compiled", broken)
+    monkeypatch.setattr(mlip.backends, "compiled", broken)
     with pytest.raises(BackendError, match=r"'trace' failed: RuntimeError: internal error$"):
         accelerated(potential("facet"), "trace")
     monkeypatch.setattr("mlip.backends.which", lambda _: None)
