@@ -21,7 +21,9 @@ import re
 import sys
 import warnings
 import zipfile
+import zlib
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -151,13 +153,14 @@ def instructions() -> list[str]:
 
 def read_stamp(path: Path) -> dict[str, Any]:
     """The stamp of a program file, of which nothing is run; BackendError if it is none."""
+    file = BytesIO(path.read_bytes())
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(f"/{STAMP}"))
             damaged = archive.testzip()
             content = json.loads(archive.read(name))
-    except (zipfile.BadZipFile, ValueError, EOFError):
-        content = damaged = None
+    except (zipfile.BadZipFile, ValueError, EOFError, zlib.error, RuntimeError):
+        content = damaged = None  # RuntimeError: an altered archive seems encrypted, or of a kind
     if damaged is not None:
         raise BackendError(f"{path}: damaged")
     if not isinstance(content, dict):

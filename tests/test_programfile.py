@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ase import Atoms
@@ -28,7 +29,7 @@ from mlip.data.graph import AtomicGraph
 from mlip.modelcard import describe
 from mlip.models import build
 from mlip.potential import Potential
-from mlip.programfile import STAMP, ProgramFile, stamp, write_program
+from mlip.programfile import STAMP, ProgramFile, read_stamp, stamp, write_program
 from tests.conftest import without_zeros
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -229,6 +230,23 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"no code", b"no cope"))
     with pytest.raises(BackendError, match="damaged"):
         EqCalculator(plain, device="cpu", program=path)
+
+
+def test_a_truncated_or_altered_file_is_refused_or_read_as_it_was(tmp_path: Path) -> None:
+    plain = potential()
+    path = sealed(tmp_path / "a.pt2", stamp(plain.model))
+    content, right, rng = path.read_bytes(), read_stamp(path), np.random.default_rng(0)
+    for k in range(600):
+        bad = np.frombuffer(content, dtype=np.uint8).copy()
+        if k % 3:
+            bad[rng.integers(len(bad))] = rng.integers(256)
+        else:
+            bad = bad[: rng.integers(len(bad))]
+        path.write_bytes(bad.tobytes())
+        try:
+            assert read_stamp(path) == right
+        except BackendError as problem:
+            assert "not a program file" in str(problem) or "damaged" in str(problem)
 
 
 def test_the_model_loader_never_opens_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
