@@ -144,8 +144,9 @@ def example(calculator: EqCalculator) -> Atoms:
 def growing(unit: Atoms) -> Iterator[tuple[str, Atoms]]:
     """The structure, and supercells of n x n x n; for molecules so many copies on a grid."""
     unit = unit.copy()
-    if not unit.pbc.any():
-        unit.center(vacuum=1.5)
+    axes = [0, 1, 2] if not unit.pbc.any() else np.flatnonzero(~unit.cell.any(axis=1)).tolist()
+    if axes:
+        unit.center(vacuum=1.5, axis=axes)
     for n in (1, 2, 3, 5, 8, 12, 18, 27):
         large = unit.repeat(n) if n > 1 else unit
         yield large.get_chemical_formula(), large

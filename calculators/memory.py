@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import re
 import weakref
@@ -23,6 +24,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.start = torch.cuda.memory_allocated(device) / 2**20
             return
+        give_back()  # or the next peak would be made of what was freed before
         try:
             Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
         except OSError:
@@ -34,6 +36,14 @@ class PeakMemory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20 - self.start
         return max(_of_process("VmHWM") - self.start, 0.0)
+
+
+def give_back() -> None:
+    """Freed memory goes back to the system, where the C library can do that (glibc can)."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
 
 
 def available_memory(device: torch.device) -> float:

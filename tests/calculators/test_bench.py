@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +40,17 @@ def test_copies_of_a_molecule_do_not_touch(toy) -> None:
     assert set(example(EqCalculator("silicon")).get_chemical_symbols()) == {"Si"}
 
 
+def test_layers_and_wires_without_a_whole_cell_grow_too(toy) -> None:
+    for pbc in ((1, 1, 0), (0, 1, 0)):
+        unit = bulk("Cu", cubic=True)
+        unit.set_cell(unit.cell * np.array(pbc)[:, None])
+        unit.pbc = pbc
+        (_, (name, large)) = itertools.islice(growing(unit), 2)
+        assert name == "Cu32" and (large.pbc == pbc).all()
+        distances = large.get_all_distances(mic=True)
+        assert distances[distances > 0].min() > 2.0
+
+
 def test_what_follows_from_a_time() -> None:
     timing = Timing("Si8", 8, 224, 4.0, 0.1, 10.0)
     assert timing.atoms_per_second == pytest.approx(2000)
@@ -52,6 +67,26 @@ def test_largest_system_follows_the_growth_of_memory() -> None:
         assert half is not None and 0.3 < half / fits < 0.7
     assert largest_system([small], CPU) is None
     assert largest_system([small, Timing("b", 200, 0, 1, 0, np.nan)], CPU) is None
+
+
+PEAKS = """
+import sys, torch
+from mlip.allocator import tune_allocator
+from mlip.calculators.memory import PeakMemory
+if not (sys.platform.startswith("linux") and tune_allocator()):
+    sys.exit()
+for _ in range(2):
+    peak = PeakMemory(torch.device("cpu"))
+    x = torch.ones(8 * 2**20)
+    del x
+    assert 25 < peak.read() < 64, peak.read()
+"""
+
+
+def test_a_peak_is_not_made_of_what_was_freed_before() -> None:
+    """Or the growth of memory would be too small, and too large a system would fit."""
+    run = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_command(tmp_path) -> None:
