@@ -13,27 +13,33 @@ everything, and nothing is gained.
 Memory is predicted, not tried: it is proportional to the number of slots, atoms times the largest
 number of neighbours, and what a slot takes is counted once on a small piece of the system; edges of
 the whole are always there.
+
+That the receptive field of a model is what it says is not believed: before the first pieces are
+used, a row of atoms is evaluated both ways, and compared as accelerations are.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mlip.backends import PATIENCE, eventually
+from mlip.backends import PATIENCE, BackendError, check, eventually
 from mlip.calculators.memory import LiveBytes, available_memory
 from mlip.compiled import Compiled
 from mlip.data.graph import AtomicGraph, NodeOutput
+from mlip.nn.neighborhoods import first_edges
 from mlip.potential import Potential
 
 SAMPLE = 4000  # slots of the piece on which memory is counted
 SMALL = 20_000  # slots that fit anywhere; asked about only if there is a limit
 SHARE = 0.7  # of the free memory that may be used
 EDGE = 700  # bytes for each edge of the whole: lists of neighbours, vectors, gradient, stress
+SPACING = 1.8  # angstrom, of the row of atoms on which pieces are checked
 MARGIN = 1.25  # buffers inside of operations, and what the allocator loses between blocks
 
 
@@ -53,7 +59,7 @@ class Piece(NamedTuple):
 def slots(graph: AtomicGraph) -> int:
     """Atoms times the largest number of neighbours, the atom itself included."""
     N = len(graph.atomic_numbers)
-    degree = torch.bincount(graph.edge_index[1], minlength=N)
+    degree = first_edges(graph.edge_index[1], N).diff()
     return N * (int(degree.max()) + 1) if N else 0
 
 
@@ -152,6 +158,32 @@ def in_pieces(
     return potential.collect(graph, vectors, NodeOutput(energy, features), gradient, stress=stress)
 
 
+class InPieces:
+    """A potential that takes everything in the smallest pieces, to be checked."""
+
+    def __init__(self, potential: Potential, hops: int) -> None:
+        self.potential, self.hops = potential, hops
+        self.e0, self.dtype = potential.e0, potential.dtype
+
+    def __call__(self, graph: AtomicGraph, *, stress: bool = False) -> dict[str, Tensor]:
+        return in_pieces(self.potential, graph, pieces(graph, self.hops, 0.0), stress)
+
+
+def row_of_atoms(potential: Potential, hops: int, like: AtomicGraph) -> AtomicGraph:
+    """A crooked row of some of the potential's elements, three times as long as what an atom sees;
+    charge, spin and field as in ``like``."""
+    number = math.ceil(6 * hops * potential.cutoff / SPACING)
+    rng = np.random.default_rng(0)
+    positions = rng.uniform(-0.3, 0.3, (number, 3))
+    positions[:, 0] += SPACING * np.arange(number)
+    numbers = rng.choice(potential.elements, number)
+    row = AtomicGraph.from_arrays(
+        numbers, positions, np.zeros((3, 3)), np.zeros(3, dtype=bool), potential.cutoff
+    )
+    names = getattr(potential.model, "graph_inputs", ())
+    return row.replace(**{name: like[name][:1].cpu() for name in names})
+
+
 class BoundedPotential:
     """A potential that takes no more than a given memory, where it can.
 
@@ -172,7 +204,7 @@ class BoundedPotential:
         self.hops = math.ceil(reach / potential.cutoff - 1e-9) if math.isfinite(reach) else None
         self.bytes_per_slot: float | None = None
         self._fits = 0 if max_memory is not None else SMALL
-        self._told = False
+        self._told = self._checked = False
         self._left = PATIENCE if patient else math.inf  # evaluations
 
     def __call__(self, graph: AtomicGraph, *, stress: bool = False) -> dict[str, Tensor]:
@@ -199,7 +231,7 @@ class BoundedPotential:
             most = max(part.slots for part in parts) * self.bytes_per_slot + always
             _tell(len(graph.atomic_numbers), len(parts), needed, most, limit)
             self._told = True
-        if len(parts) == 1:
+        if len(parts) == 1 or not self._may_be_cut(graph):
             return self.potential(graph, stress=stress)
         return in_pieces(self.plain, graph, parts, stress)
 
@@ -209,6 +241,18 @@ class BoundedPotential:
         energies, for which ``Compiled`` computes the model once more and takes twice the memory."""
         model = self.potential.model
         return self.potential.with_model(model.model) if type(model) is Compiled else self.potential
+
+    def _may_be_cut(self, graph: AtomicGraph) -> bool:
+        """Whether pieces give what the whole gives; asked of a row of atoms, once."""
+        if not self._checked and self.hops is not None:
+            self._checked = True
+            fast: Any = InPieces(self.plain, self.hops)
+            try:
+                check(self.plain, fast, "pieces", [row_of_atoms(self.plain, self.hops, graph)])
+            except BackendError as problem:
+                warnings.warn(f"evaluated as a whole: {problem}", stacklevel=3)
+                self.hops = None
+        return self.hops is not None
 
     def limit(self, device: torch.device) -> float:
         """Bytes that may be used."""

@@ -163,6 +163,36 @@ def test_copies_of_a_mean_over_rotations_are_bounded_too() -> None:
         assert np.abs(a[key] - b[key]).max() < 1e-10 * max(np.abs(a[key]).max(), 1)
 
 
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "environment"])  # one hop
+def test_a_model_that_sees_farther_than_it_says_is_not_cut(name: str) -> None:
+    plain, atoms = potential(name), crystal(8)
+    graph = AtomicGraph.from_atoms(atoms, plain.cutoff)
+    for short in (False, True):
+        bounded = BoundedPotential(plain, max_memory=1.0)
+        assert bounded.hops is not None and bounded.hops > 1
+        bounded.hops -= short
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert_same(bounded(graph, stress=True), plain(graph, stress=True))
+            assert_same(bounded(graph, stress=True), plain(graph, stress=True))
+        refused = [str(w.message) for w in told if "as a whole: 'pieces'" in str(w.message)]
+        assert len(refused) == short and (bounded.hops is None) == short
+
+
+def test_pieces_of_a_model_with_a_field_are_checked_in_it() -> None:
+    plain = potential(field="given")
+    frames = [AtomicGraph.from_atoms(crystal(8), plain.cutoff) for _ in range(2)]
+    fields = torch.tensor([[0.0, 0.1, 0.2], [0.3, 0.0, 0.0]], dtype=torch.float64)
+    graph = AtomicGraph.collate(
+        [frame.replace(field=field[None]) for frame, field in zip(frames, fields, strict=True)]
+    )
+    bounded = BoundedPotential(plain, max_memory=1.0)
+    with pytest.warns(UserWarning, match="evaluated in"):
+        found = bounded(graph, stress=True)
+    assert bounded.hops is not None
+    assert_same(found, plain(graph, stress=True))
+
+
 def test_forces_of_their_own_are_taken_from_the_whole() -> None:
     plain = potential("escaip", direct_forces=True)
     atoms = molecule("C6H6")
