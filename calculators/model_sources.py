@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from mlip.backends import accelerated, requested
+from mlip.backends import BackendError, accelerated, check, probe_structures, requested
 from mlip.checkpoint import load
 from mlip.potential import Potential
 from mlip.pretrained import find, names
 from mlip.programfile import ProgramFile
 
+ROUNDED = 1e-4  # of the largest value, more than float32 takes from a sound model
 ModelSource = Potential | str | os.PathLike[str] | Sequence[Any]
 
 
@@ -40,11 +41,14 @@ def own_potentials(
     """Potentials in evaluation mode, shared with nobody; ``dtype`` None keeps their own."""
     if isinstance(model, Potential):
         # A copy: what the caller does to his potential afterwards (training, .to) stays his affair.
-        own = copy.deepcopy(model).to(device=device, dtype=dtype)
-        return [own.eval().requires_grad_(False)]
+        own = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+        return [in_dtype(own, dtype, "the model")]
     if isinstance(model, str | os.PathLike):
         paths = find_models(model)
-        found = [load(path, device=device, dtype=dtype).requires_grad_(False) for path in paths]
+        found = [
+            in_dtype(load(path, device=device).requires_grad_(False), dtype, str(path))
+            for path in paths
+        ]
         for path, one in zip(paths, found, strict=True):
             if one.reservation is not None:
                 warnings.warn(f"{path} was {one.reservation}", stacklevel=4)
@@ -60,6 +64,21 @@ def own_potentials(
         f"model = {model!r}: give a model file, the name of a shipped model "
         f"({', '.join(names()) or 'none'}), a Potential, or a list of these"
     )
+
+
+def in_dtype(potential: Potential, dtype: torch.dtype | None, name: str) -> Potential:
+    """The potential in this dtype; with a warning if a lower precision than its own costs more
+    than usual."""
+    if dtype != torch.float32 or potential.dtype == dtype:
+        return potential.to(dtype=dtype)
+    lower = copy.deepcopy(potential).to(dtype=dtype)
+    if getattr(potential.model, "graph_inputs", ()) or not potential.elements:
+        return lower  # there are no probes with charges or fields
+    try:
+        check(potential, lower, "float32", probe_structures(potential), ROUNDED)
+    except BackendError as problem:
+        warnings.warn(f"{name} was saved in float64; {problem}: use dtype='float64'", stacklevel=5)
+    return lower
 
 
 def quickened(

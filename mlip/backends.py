@@ -327,9 +327,15 @@ def accelerated(
     return fast
 
 
-def check(plain: Potential, fast: Potential, name: str, probes: Sequence[AtomicGraph]) -> None:
-    """Refuse ``fast`` where it differs from ``plain`` in float64 by more than the bars and
-    rounding, or where its forces are not the gradient of its energy.
+def check(
+    plain: Potential,
+    fast: Potential,
+    name: str,
+    probes: Sequence[AtomicGraph],
+    relative: float = 1e-12,
+) -> None:
+    """Refuse ``fast`` where it differs from ``plain`` in float64 by more than the bars, rounding
+    and a part of the largest value, or where its forces are not the gradient of its energy.
 
     Raises
     ------
@@ -349,7 +355,7 @@ def check(plain: Potential, fast: Potential, name: str, probes: Sequence[AtomicG
                 continue
             error = float((mine[key] - value)[defined].abs().max())
             size = float(value[defined].abs().max())
-            allowed = max(bar, 1e-12 * size)
+            allowed = max(bar, relative * size)
             if not error <= allowed:  # so also if it is no number
                 usual = measured(rounded, probe) if usual is None else usual
                 allowed = max(allowed, ROUNDING * float((usual[key] - value)[defined].abs().max()))
@@ -359,9 +365,11 @@ def check(plain: Potential, fast: Potential, name: str, probes: Sequence[AtomicG
                     f"{error:.3g} {unit} from the plain model, of {size:.3g}; allowed is "
                     f"{allowed:.1e}"
                 )
-        defect = missing_work(fast, probe)
-        if not defect <= bars.force:
-            allowed = max(bars.force, ROUNDING * missing_work(rounded, probe))
+        defect, allowed = missing_work(fast, probe), bars.force
+        if not defect <= allowed:
+            allowed = max(allowed, relative * float(right["force"].abs().max()))
+        if not defect <= allowed:
+            allowed = max(allowed, ROUNDING * missing_work(rounded, probe))
             if not defect <= allowed:
                 raise BackendError(
                     f"'{name}' is refused: on probe structure {number} its forces are not the "

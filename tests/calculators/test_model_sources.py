@@ -12,8 +12,10 @@ from ase import Atoms
 import mlip.pretrained
 from mlip.calculators import EqCalculator
 from mlip.checkpoint import save
+from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.models import build
 from mlip.potential import Potential
+from tests.conftest import Toy
 
 
 @pytest.fixture
@@ -47,6 +49,25 @@ def test_other_names_of_the_model(toy, alias: str) -> None:
 def test_device_and_dtype_may_be_given_by_position() -> None:
     calc = EqCalculator("silicon", "cpu", "float64")
     assert calc.device.type == "cpu" and calc.dtype is torch.float64
+
+
+def test_a_model_that_float32_spoils_says_so(toy, tmp_path) -> None:
+    class Cancelling(Toy):
+        """Differences of large numbers."""
+
+        def forward(self, graph: AtomicGraph) -> NodeOutput:
+            return NodeOutput(super().forward(graph).energy * 1e5 + 1e10 - 1e10)
+
+    spoilt = Potential(Cancelling().double(), toy.e0, scale=1e-5).eval()
+    words = r"saved in float64; 'float32' is refused: .* energy .* differs .* dtype='float64'"
+    with pytest.warns(UserWarning, match=words):
+        assert EqCalculator(spoilt, dtype="float32").dtype == torch.float32
+    for dtype in (None, "float64"):  # other cases, and sound models, warn of nothing
+        assert EqCalculator(spoilt, dtype=dtype).dtype == torch.float64
+    sound = Potential(build("facet", cutoff=4.0, channels=8), toy.e0).double()
+    save(sound, tmp_path / "sound.safetensors")
+    for model in (toy, sound, tmp_path / "sound.safetensors"):
+        assert EqCalculator(model, dtype="float32").dtype == torch.float32
 
 
 def test_importing_the_calculator_leaves_the_environment_alone() -> None:
