@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mlip.data.graph import AtomicGraph, NodeOutput
-from mlip.nn.neighborhoods import gather_neighborhoods
+from mlip.nn.neighborhoods import gather_neighborhoods, pole
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -187,7 +187,7 @@ def padded(graph: AtomicGraph, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
     """
     N = len(graph.atomic_numbers)
     hood = gather_neighborhoods(graph.vectors, graph.edge_index, N, cutoff)
-    empty = hood.vectors.new_tensor([0.0, 0.0, cutoff])
+    empty = pole(hood.vectors, cutoff)
     K = hood.vectors.shape[1]
     v = torch.cat([hood.vectors, empty.expand(N, 1, 3)], dim=1)
     v = torch.cat([v, empty.expand(1, K + 1, 3)])
@@ -244,6 +244,7 @@ def traced_for_training(model: Any) -> torch.fx.GraphModule:
     simpler: Any = get_decompositions(
         [aten.silu_backward, aten.gelu_backward, aten._softmax_backward_data,
          aten.native_layer_norm, aten.native_layer_norm_backward,
+         aten._fused_rms_norm, aten._fused_rms_norm_backward,  # of a GPU
          aten.slice_backward, aten.select_backward]
     )  # fmt: skip
     weights = [p.detach().requires_grad_() for p in model.parameters()]

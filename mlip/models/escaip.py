@@ -43,7 +43,7 @@ from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.nn.attention import attend, log_envelope
 from mlip.nn.buckets import bucket_by_degree
 from mlip.nn.constant import Constant
-from mlip.nn.neighborhoods import reversed_edges
+from mlip.nn.neighborhoods import pole, reversed_edges
 from mlip.nn.radial import bessel
 from mlip.nn.rigid_motion import without_rigid_motion
 from mlip.nn.soft_neighbors import log_soft_knn, soft_ranks
@@ -198,12 +198,11 @@ class EScAIP(nn.Module):
         # Empty slots lie beyond the cutoff, where the envelope is exactly zero.  The direction of
         # slot 0 is one of length 1 until all it gives is masked, so that no length is zero.
         E = len(j)
-        rest = vectors.new_tensor([[0, 0, 2 * c.cutoff], [0, 0, 1]])
-        vectors = torch.cat([vectors, rest])
+        vectors = torch.cat([vectors, pole(vectors, 2 * c.cutoff), pole(vectors, 1)])
         slots = torch.cat([bucket.edges.flatten() for bucket in buckets])  # edge of each slot
         own = torch.arange(len(slots), device=j.device)
         slot_of = torch.zeros(E + 2, dtype=torch.int64, device=j.device).scatter_(0, slots, own)
-        reverse = torch.cat([reversed_edges(graph), j.new_tensor([E, E])]).index_select(0, slots)
+        reverse = torch.cat([reversed_edges(graph), j.new_full((2,), E)]).index_select(0, slots)
         # An atom itself is its own reverse, and so is, without effect, an empty slot.
         reverse = torch.where(reverse < E, slot_of.index_select(0, reverse), own)
         reverses = reverse.split([bucket.edges.numel() for bucket in buckets])

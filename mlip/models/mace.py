@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -180,7 +181,8 @@ class MACE(nn.Module):
             features.append(h[0])
         if self.config.isolated == "zero":
             alone = self.isolated_energy(embed.index_select(0, species.present), species)
-            energy = energy - alone.repeat_interleave(torch.tensor(species.sizes).to(alone.device))
+            run = torch.searchsorted(species.present, species.element)  # (N,) of each atom
+            energy = energy - alone.index_select(0, run)
         out, invariants = energy, torch.cat(features, dim=-1)
         if species.order is not None:
             back = torch.argsort(species.order)
@@ -199,7 +201,8 @@ class MACE(nn.Module):
     def sort_by_element(self, atomic_numbers: Tensor) -> Species:
         """Order in which the weights of each element meet a run of atoms."""
         element = self.place.index_select(0, atomic_numbers)
-        counts = torch.bincount(element + 1, minlength=len(self.embed) + 1).tolist()
+        # The host has to know, and a GPU's histogram would make it wait three times.
+        counts = np.bincount((element + 1).cpu().numpy(), minlength=len(self.embed) + 1).tolist()
         if counts[0]:
             odd = sorted(set(atomic_numbers[element < 0].tolist()))
             raise ValueError(f"the model has no weights for the atomic numbers {odd}")

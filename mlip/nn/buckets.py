@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from mlip.nn.neighborhoods import first_edges
 
 MAX_BUCKETS = 4
 MAX_PADDING = 0.2  # share of empty slots that is not worth another bucket
@@ -43,9 +46,9 @@ class Buckets(NamedTuple):
 def bucket_by_degree(centers: Tensor, num_nodes: int) -> Buckets:
     """Distribute edges with the centres ``centers`` (E,), sorted, over buckets of atoms."""
     E = len(centers)
-    degree = torch.bincount(centers, minlength=num_nodes)  # (N,)
-    first = degree.cumsum(0) - degree
-    histogram = torch.bincount(degree).tolist() if num_nodes else []
+    bounds = first_edges(centers, num_nodes)
+    first, degree = bounds[:-1], bounds.diff()  # (N,)
+    histogram = np.bincount(degree.cpu().numpy()).tolist()  # the host has to know
     cuts = cut_by_degree(histogram)
     order = None if len(cuts) <= 1 else torch.argsort(degree, stable=True)
     if order is not None:

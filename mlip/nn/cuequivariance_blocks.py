@@ -71,7 +71,8 @@ class CueContraction(nn.Module):
         LM, N, C = A.shape
         W = torch.cat(list(self.weights), dim=1).index_select(0, elements)  # (M, K, C)
         counts = torch.tensor(list(sizes), device=A.device)
-        which = torch.arange(len(sizes), device=A.device).repeat_interleave(counts)
+        which = torch.arange(len(sizes), device=A.device)
+        which = which.repeat_interleave(counts, output_size=N)
         out = self.kernel(
             [(self.change() @ W).flatten(1), A.transpose(0, 1).reshape(N, LM * C)],
             input_indices={0: which.to(torch.int32)},
@@ -123,6 +124,7 @@ class CuePathSums(nn.Module):
         self.paths = plain.paths
         self.kernel = paths_kernel(plain, channels, method)
         order, factor = matching_paths(plain)
+        self.places = order.tolist()  # the same for the host
         self.register_buffer("order", order, persistent=False)
         self.factor = Constant(factor)
 
@@ -141,12 +143,11 @@ class CuePathSums(nn.Module):
             indices_out=centers,
             size_out=N,
         )  # (N, sum (2l+1) C)
-        order = self.order.tolist()
-        degrees = [self.paths[p][2] for p in order]
+        degrees = [self.paths[p][2] for p in self.places]
         parts = out.view(N, -1, C).split([2 * l + 1 for l in degrees], dim=1)
         result: list[list[Tensor]] = [[] for _ in range(self.paths[-1][2] + 1)]
         for p, (_, _, l) in enumerate(self.paths):
-            result[l].append(parts[order.index(p)])
+            result[l].append(parts[self.places.index(p)])
         return result
 
 

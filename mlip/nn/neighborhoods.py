@@ -33,16 +33,32 @@ def gather_neighborhoods(
         return Neighborhoods(vectors, edge_index.flatten())
     j, i = edge_index
     E = len(j)
-    degree = torch.bincount(i, minlength=num_nodes)  # (N,)
-    K = max(int(degree.max()) if num_nodes else 0, 1)
-    first = degree.cumsum(0) - degree
+    first = first_edges(i, num_nodes)
+    K = max(int(first.diff().max()) if num_nodes else 0, 1)
     slot = torch.arange(E, device=i.device) + i * K - first.index_select(0, i)
     table = torch.full((num_nodes * K,), E, device=i.device)
     table[slot] = torch.arange(E, device=i.device)
-    padding = torch.tensor([[0.0, 0.0, cutoff]], dtype=vectors.dtype, device=vectors.device)
-    padded = torch.cat([vectors, padding]).index_select(0, table)
+    padded = torch.cat([vectors, pole(vectors, cutoff)]).index_select(0, table)
     neighbors = torch.cat([j, j.new_zeros(1)]).index_select(0, table)
     return Neighborhoods(padded.view(num_nodes, K, 3), neighbors)
+
+
+def first_edges(centers: Tensor, num_nodes: int) -> Tensor:
+    """(num_nodes + 1,) where the edges of each centre begin among the sorted ``centers`` (E,), and
+    their number at the end.
+
+    By a search: for a histogram the host waits for a GPU.
+    """
+    nodes = torch.arange(num_nodes + 1, device=centers.device)
+    return torch.searchsorted(centers.contiguous(), nodes)
+
+
+def pole(like: Tensor, length: float) -> Tensor:
+    """(1, 3) the vector (0, 0, length) in dtype and on the device of another tensor, to which no
+    number is sent from the host."""
+    vector = like.new_zeros(1, 3)
+    vector[:, 2] = length
+    return vector
 
 
 def reversed_edges(graph: AtomicGraph) -> Tensor:
@@ -61,8 +77,7 @@ def reversed_edges(graph: AtomicGraph) -> Tensor:
             f"{N} atoms with cell shifts up to {base // 2} are too many to number all pairs; "
             "wrap the atoms into the cell"
         )
-    weights = torch.tensor([base**2, base, 1], device=S.device)
-    number = (S * weights).sum(dim=1)
+    number = (S[:, 0] * base + S[:, 1]) * base + S[:, 2]
     offset, step = (base**3 - 1) // 2, base**3
     key = (i * N + j) * step + offset + number
     other = graph.view_of.index_select(0, i) if "view_of" in graph else i

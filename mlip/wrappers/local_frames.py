@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mlip.nn.neighborhoods import gather_neighborhoods
+from mlip.nn.neighborhoods import first_edges, gather_neighborhoods
 from mlip.nn.radial import polynomial_envelope
 
 ENOUGH = 0.5  # weight of nearer neighbours that makes a farther one superfluous
@@ -126,10 +126,10 @@ def local_views(
     hood = gather_neighborhoods(vectors, edge_index, N, cutoff)
     v = hood.vectors  # (N, K, 3)
     K = v.shape[1]
-    degree = torch.bincount(i, minlength=N)
+    first = first_edges(i, N)
     slot = torch.arange(K, device=i.device)
-    edges = (degree.cumsum(0) - degree)[:, None] + slot  # (N, K) where there is one
-    filled = slot < degree[:, None]  # (N, K)
+    edges = first[:-1, None] + slot  # (N, K) where there is one
+    filled = slot < first.diff()[:, None]  # (N, K)
     r = v.norm(dim=-1)
     unit = v / r[..., None]
     f = polynomial_envelope(r / cutoff) * filled
