@@ -19,6 +19,7 @@ from ase.build import bulk, molecule
 from ase.collections import g2
 from ase.data import chemical_symbols, reference_states
 
+from mlip.calculators.chunks import SHARE
 from mlip.calculators.eq_calculator import EqCalculator
 from mlip.calculators.memory import PeakMemory, available_memory
 
@@ -114,8 +115,8 @@ def measure(calculator: EqCalculator, name: str, atoms: Atoms, budget: float = 1
 
 
 def largest_system(timings: list[Timing], device: torch.device) -> int | None:
-    """Atoms that fit into the free memory, if it grows from the last two sizes on as between
-    them; None where the machine does not say."""
+    """Atoms that are evaluated as a whole with the memory that is free, if what they take grows
+    from the last two sizes on as between them; None where the machine does not say."""
     if len(timings) < 2:
         return None
     a, b = timings[-2:]
@@ -123,7 +124,7 @@ def largest_system(timings: list[Timing], device: torch.device) -> int | None:
     free = available_memory(device) / 2**20
     if not (slope > 0 and np.isfinite(slope) and np.isfinite(free)):
         return None
-    return int(free / slope)
+    return int(SHARE * free / slope)
 
 
 def example(calculator: EqCalculator) -> Atoms:

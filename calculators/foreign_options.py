@@ -13,6 +13,7 @@ FOREIGN = (
     "arrays_keys", "charges_key", "compile_mode", "enable_cueq", "enable_flash", "enable_oeq",
     "fullgraph", "head", "modal", "model_type", "task_name",
 )  # fmt: skip
+SIMILAR = {"compile_mode": "compile", "enable_cueq": "cuequivariance"}  # accelerations
 
 
 def take_alias(options: dict[str, Any], aliases: Sequence[str], name: str, value: Any) -> Any:
@@ -38,9 +39,13 @@ def refuse_unknown(options: dict[str, Any]) -> None:
     for key, value in options.items():
         if key not in FOREIGN:
             close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+            if key == "compile":
+                close = ["accelerate"]
             hint = f", did you mean '{close[0]}'?" if close else f"; there are {', '.join(names)}"
             raise TypeError(f"EqCalculator: unknown option '{key}'{hint}")
         if value:
+            hint = f"; there is accelerate='{SIMILAR[key]}'" if key in SIMILAR else ""
             warnings.warn(
-                f"EqCalculator: '{key}' has no meaning for these models, ignored", stacklevel=3
+                f"EqCalculator: '{key}' has no meaning for these models, ignored{hint}",
+                stacklevel=3,
             )

@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 from mlip.calculators.bench import Timing, bench, largest_system
+from mlip.calculators.chunks import SHARE
 from mlip.calculators.dynamics import MDResult, run_md
 from mlip.calculators.eq_calculator import EqCalculator
 from mlip.calculators.model_sources import own_potentials, parse_dtype
@@ -204,4 +205,6 @@ def bench_and_report(
         )  # fmt: skip
     console.print(table)
     if (fits := largest_system(timings, calculator.device)) is not None:
-        console.print(f"about {fits:,} atoms fit into the free memory")
+        console.print(
+            f"about {fits:,} atoms fit into {SHARE:.0%} of the free memory; more go in pieces"
+        )

@@ -83,8 +83,10 @@ def test_habits_of_other_calculators(toy) -> None:
         models=[toy], use_device="cpu", default_dtype="float32", enable_cueq=False, head=None
     )
     assert calc.dtype == torch.float32
-    with pytest.warns(UserWarning, match="enable_cueq"):
+    with pytest.warns(UserWarning, match="enable_cueq.*there is accelerate='cuequivariance'"):
         EqCalculator(toy, enable_cueq=True)
+    with pytest.raises(TypeError, match="'compile', did you mean 'accelerate'"):
+        EqCalculator(toy, compile="auto")
     atoms = Atoms("Si")
     EqCalculator(toy, atoms=atoms, directory=".")
     assert atoms.get_potential_energy() == -1.5
