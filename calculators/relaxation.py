@@ -295,6 +295,11 @@ class _Relaxation:
             )
         atoms.get_potential_energy()  # what is wrong with it comes before its symmetry
         if s.keep_symmetry:
+            if atoms.cell.rank < 3:
+                raise ValueError(
+                    "keep_symmetry keeps the space group of a crystal, and there is no cell; "
+                    "leave it out for molecules"
+                )
             from ase.constraints import FixSymmetry
 
             atoms.set_constraint([*self.constraints, FixSymmetry(atoms, symprec=s.symprec)])

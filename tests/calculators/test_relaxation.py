@@ -79,6 +79,13 @@ def test_symmetry_is_kept(toy) -> None:
     assert not result.atoms.constraints
 
 
+def test_a_molecule_has_no_space_group_to_keep(toy) -> None:
+    pytest.importorskip("spglib")
+    molecular, crystal = relax_many([molecule("H2O"), bulk("Cu")], toy, keep_symmetry=True)
+    assert "leave it out for molecules" in molecular.error
+    assert crystal.converged and crystal.spacegroup == "Fm-3m (225)"
+
+
 def test_symmetry_without_spglib_names_the_remedy(toy, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "spglib", None)
     with pytest.raises(ValueError, match="pip install"):
