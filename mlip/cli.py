@@ -31,6 +31,9 @@ Accelerate = Annotated[
 Program = Annotated[
     str | None, typer.Option(help="File of `mlip compile`: code, give only one that you trust.")
 ]
+Memory = Annotated[
+    str | None, typer.Option(help="As 8GB; structures that need more are evaluated in pieces.")
+]
 Symmetrize = Annotated[
     str | None,
     typer.Option(help="Average over rotations: octahedral, icosahedral, lebedev-11, ..."),
@@ -161,11 +164,13 @@ def relax(
     ] = "FIRE",
     symprec: Annotated[float, typer.Option(help="Tolerance of symmetry, angstrom.")] = 0.01,
     out: Annotated[str | None, typer.Option(help="Write the relaxed structures here.")] = None,
+    max_atoms: Annotated[int, typer.Option(help="In a batch; thousands on a GPU.")] = 256,
     device: Device = "auto",
     dtype: Dtype = "",
     symmetrize: Symmetrize = None,
     accelerate: Accelerate = None,
     program: Program = None,
+    max_memory: Memory = None,
 ) -> None:
     """Relax structures; those that fail say why and the rest are finished.
 
@@ -187,11 +192,13 @@ def relax(
         max_steps=steps,
         optimizer=optimizer,
         symprec=symprec,
+        max_atoms=max_atoms,
         device=device,
         dtype=dtype,
         symmetrize=symmetrize,
         accelerate=accelerate,
         program=program,
+        max_memory=max_memory,
     )
     if not finished:
         raise typer.Exit(1)
@@ -211,6 +218,7 @@ def bench(
     symmetrize: Symmetrize = None,
     accelerate: Accelerate = None,
     program: Program = None,
+    max_memory: Memory = None,
 ) -> None:
     """Time a model on this machine: ms/step, atoms/s, ns/day, memory, the largest system that fits.
 
@@ -231,6 +239,7 @@ def bench(
         symmetrize=symmetrize,
         accelerate=accelerate,
         program=program,
+        max_memory=max_memory,
     )
 
 
@@ -272,6 +281,7 @@ def md(
     symmetrize: Symmetrize = None,
     accelerate: Accelerate = None,
     program: Program = None,
+    max_memory: Memory = None,
 ) -> None:
     """Run molecular dynamics with trajectory, log and exact restart.
 
@@ -306,6 +316,7 @@ def md(
         symmetrize=symmetrize,
         accelerate=accelerate,
         program=program,
+        max_memory=max_memory,
     )
 
 

@@ -37,6 +37,20 @@ def test_relax_prints_a_table_and_writes_the_structures(files) -> None:
     assert read("r.xyz").get_forces().shape == (8, 3)
 
 
+def test_what_batches_and_memory_may_be_is_asked(files) -> None:
+    common = ("relax", "si.xyz", "-m", "m.safetensors")
+    code, text = run(*common, "--max-atoms", "1", "--max-memory", "1GB")
+    assert code == 0, text
+    for more, words in (
+        (("--max-atoms", "0"), "max_atoms = 0"),
+        (("--max-memory", "much"), "give a number of bytes"),
+        (("--program", "none.pt2"), "there is no file"),
+        (("--accelerate", "magic"), "unknown acceleration 'magic'"),
+    ):
+        code, text = run(*common, *more)
+        assert code == 1 and words in text, text
+
+
 def test_relax_finishes_what_it_can_and_says_so(files) -> None:
     code, text = run("relax", "cu.cif", "si.xyz", "none.cif", "-m", "m.safetensors")
     assert code == 1
