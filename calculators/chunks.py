@@ -116,9 +116,10 @@ def pieces(graph: AtomicGraph, hops: int, limit: float) -> list[Piece]:
         if part.slots <= limit or len(atoms) == 1:
             done.append(part)
             continue
-        first, last = (int(k) for k in graph.batch[atoms[[0, -1]]])
+        owner = graph.batch[atoms]
+        first, last = int(owner[0]), int(owner[-1])
         if first < last:
-            below = graph.batch[atoms] <= (first + last) // 2
+            below = owner <= (first + last) // 2
             todo += [atoms[below], atoms[~below]]
             continue
         r = places[atoms]

@@ -51,7 +51,6 @@ from mlip.calculators.rotation_spread import averaged, has_spread, with_spread, 
 from mlip.calculators.shield import shielded
 from mlip.calculators.structure_checks import check_distances, check_finite, check_structure
 from mlip.data.graph import AtomicGraph
-from mlip.potential import Potential
 from mlip.wrappers.rotation_averaging import RotationAveragingConfig
 
 SINGLE = ("energy", "free_energy", "energies", "node_energy", "forces", "stress")
@@ -159,9 +158,8 @@ class EqCalculator(Calculator):
         self._inputs = InfoInputs(self.potentials, info_keys, field)
         cutoffs = {p.cutoff for p in self.potentials}
         self._caches = {c: NeighborCache(c, skin, self.device) for c in cutoffs}
-        self._known = np.all(
-            [~p.e0.isnan().cpu().numpy() for p in self.potentials], axis=0
-        )  # (119,)
+        self._e0 = [p.e0.cpu().numpy() for p in self.potentials]  # (119,) each
+        self._known = np.logical_and.reduce(~np.isnan(self._e0))  # (119,)
         self._lock = threading.RLock()
         self._has_spread = all(has_spread(p) for p in self.potentials)
         self.implemented_properties = [*SINGLE, *(SPREAD if len(self.potentials) > 1 else ())]
@@ -316,7 +314,7 @@ class EqCalculator(Calculator):
         with self._lock:
             with shielded(self.device):
                 graphs = {c: [graph] for c, graph in self.checked_graphs(atoms).items()}
-                outputs = [output for output, _ in self._call(graphs, stress=False)]
+                outputs = list(self._call(graphs, stress=False))
         if any("features" not in output for output in outputs):
             raise PropertyNotImplementedError("this model has no descriptors")
         features = [
@@ -352,7 +350,7 @@ class EqCalculator(Calculator):
                 # evaluation mode.
                 twin = copy.copy(potential)
                 twin.training = True
-                graph = graphs[potential.cutoff]
+                graph = graphs[potential.cutoff].to(self.device)
                 positions = graph.positions.clone().requires_grad_()
                 pairs.append((twin(graph.replace(positions=positions))["forces"], positions))
         return pairs
@@ -381,18 +379,23 @@ class EqCalculator(Calculator):
             num_nodes=n,
             **self._inputs.tensors(atoms),
         )
-        return graph if self.device.type == "cpu" else graph.to(self.device)
+        on_gpu = edges.edge_index.device.type != "cpu"  # where lists of large systems are made
+        return graph.to(self.device) if on_gpu else graph
 
     def _call(
         self, graphs: Mapping[float, Sequence[AtomicGraph]], stress: bool
-    ) -> Iterator[tuple[dict[str, torch.Tensor], Potential]]:
-        """Outputs of all members for a batch of structures, with the members."""
-        batches = {
-            cutoff: parts[0] if len(parts) == 1 else AtomicGraph.collate(parts)
-            for cutoff, parts in graphs.items()
-        }
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Outputs of all members for a batch of structures."""
+        batches = {cutoff: self._joined(parts) for cutoff, parts in graphs.items()}
         for potential, bounded in zip(self.potentials, self._bounded, strict=True):
-            yield with_spread(potential, bounded, batches[potential.cutoff], stress), potential
+            yield with_spread(potential, bounded, batches[potential.cutoff], stress)
+
+    def _joined(self, graphs: Sequence[AtomicGraph]) -> AtomicGraph:
+        """One batch on the device: a GPU gets it at once, not structure by structure."""
+        if len({graph.edge_index.device for graph in graphs}) > 1:
+            graphs = [graph.to(self.device) for graph in graphs]
+        batch = graphs[0] if len(graphs) == 1 else AtomicGraph.collate(graphs)
+        return batch if self.device.type == "cpu" else batch.to(self.device)
 
     def checked_graphs(self, atoms: Atoms) -> dict[float, AtomicGraph]:
         """The structure within each cutoff; ValueError if it is none."""
@@ -425,7 +428,10 @@ class EqCalculator(Calculator):
                     graphs[cutoff].append(graph)
             if sound:
                 stress = any(frames[k].pbc.all() for k in sound)
-                outputs = list(self._call(graphs, stress))
+                outputs = [
+                    {key: value.cpu() for key, value in output.items() if key != "features"}
+                    for output in self._call(graphs, stress)
+                ]
                 ends = np.cumsum([len(frames[k]) for k in sound])
                 for place, k in enumerate(sound):
                     rows = slice(ends[place] - len(frames[k]), ends[place])
@@ -440,25 +446,26 @@ class EqCalculator(Calculator):
         atoms: Atoms,
         place: int,
         rows: slice,
-        outputs: Sequence[tuple[dict[str, torch.Tensor], Potential]],
+        outputs: Sequence[dict[str, torch.Tensor]],
     ) -> dict[str, Any]:
-        """Results of structure ``place`` of a batch, whose atoms are ``rows``."""
+        """Results of structure ``place`` of a batch, whose atoms are ``rows``, from outputs on the
+        processor."""
         periodic = bool(atoms.pbc.all())
         members = []
-        for output, potential in outputs:
+        for output, e0 in zip(outputs, self._e0, strict=True):
             e, f = self._energy_unit, self._energy_unit / self._length_unit
-            energies = output["node_energy"][rows].cpu().numpy() * e
+            energies = output["node_energy"][rows].numpy() * e
             member = {
                 "energy": np.float64(output["energy"][place].item() * e),
                 "energies": energies,
-                "node_energy": energies - potential.e0.cpu().numpy()[atoms.numbers] * e,
-                "forces": output["forces"][rows].cpu().numpy() * f,
+                "node_energy": energies - e0[atoms.numbers] * e,
+                "forces": output["forces"][rows].numpy() * f,
             }
             if self._has_spread:
                 member["energy_spread"] = np.float64(output["energy_spread"][place].item() * e)
-                member["forces_spread"] = output["forces_spread"][rows].cpu().numpy() * f
+                member["forces_spread"] = output["forces_spread"][rows].numpy() * f
             if periodic:
-                stress = output["stress"][place].cpu().numpy() * (f / self._length_unit**2)
+                stress = output["stress"][place].numpy() * (f / self._length_unit**2)
                 member["stress"] = full_3x3_to_voigt_6_stress(stress)
             check_finite(atoms, member)
             members.append(member)

@@ -107,6 +107,8 @@ def parse_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device = {device!r}: {first}; give 'auto', 'cpu' or 'cuda'") from None
     if parsed.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device = {device!r}, but torch sees no GPU; give device='cpu' or 'auto'")
+    if parsed.type == "cuda" and (parsed.index or 0) >= (number := torch.cuda.device_count()):
+        raise ValueError(f"device = {device!r}, but torch sees {number}: cuda:0 to :{number - 1}")
     return parsed
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -47,7 +47,10 @@ def process_group(device: str) -> Iterator[torch.device]:
         raise ValueError(f"device '{device}': torch sees no GPU here; take device cpu or auto")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or dist.is_initialized():
-        yield torch.device(device)
+        place = torch.device(device)
+        # What takes the GPU in use, such as page-locked memory, takes this one.
+        with torch.cuda.device(place) if place.type == "cuda" else nullcontext():
+            yield place
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     place = torch.device("cuda", local) if device.startswith("cuda") else torch.device("cpu")

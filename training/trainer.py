@@ -3,7 +3,7 @@
 An epoch is: steps over all batches, then validation with the averaged weights, then one line in the
 log.  Everything that decides how the training goes on is in one file, ``state.safetensors``, so
 that a continued run is identical to the bit to one that was never interrupted; only a limit of time
-(``max_time``) makes a run depend on the clock.
+(``max_time``) makes a run depend on the clock, and a GPU on the order in which it happens to add.
 
     step:  g = d loss / d weights, summed over processes; clip; optimizer; average of weights
 
@@ -198,7 +198,9 @@ class Trainer:
                 if self.signals.received:  # the processes that read ahead got the signal, too
                     self._interrupt(self.signals.received)
                 raise
-            self._step(graph.to(self.device))
+            # Page-locked batches are sent while the step before is still computed.
+            locked = graph.positions.is_pinned()
+            self._step(graph.to(self.device, non_blocking=locked))
             if self.on_step is not None:
                 self.on_step(self)
             if self.progress >= 1:  # time is up
