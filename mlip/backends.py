@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mlip.compiled import Compiled, Program, compiled, uncompiled
 from mlip.data.graph import AtomicGraph
+from mlip.models.escaip import EScAIP
 from mlip.models.facet import Facet
 from mlip.models.gaunt import Gaunt
 from mlip.models.mace import MACE, Convolution, Layer
@@ -154,8 +155,8 @@ class Splines:
 class Compile:
     """Energy and gradient as one compiled program (``mlip.compiled``).
 
-    For models whose operations depend on the sizes alone.  Those of MACE depend on how many atoms
-    there are of each element, those of EScAIP on how many have how many neighbours.
+    For models whose operations depend on the sizes alone; those of MACE depend on how many atoms
+    there are of each element.
     """
 
     name = "compile"
@@ -184,9 +185,9 @@ def compiled_function(model: Any) -> Program:
 
 def require_program(model: Any, way: str) -> None:
     """BackendError if this model cannot be one program."""
-    if not isinstance(model, Facet | Gaunt | Ponita | TransIP):
+    if not isinstance(model, EScAIP | Facet | Gaunt | Ponita | TransIP):
         raise BackendError(
-            f"{way} is for Facet, Gaunt, Ponita and TransIP, not {type(model).__name__}"
+            f"{way} is for EScAIP, Facet, Gaunt, Ponita and TransIP, not {type(model).__name__}"
         )
     if getattr(model.config, "direct_forces", False):
         raise BackendError(f"{way} is for models whose forces are gradients")

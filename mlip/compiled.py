@@ -21,17 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from mlip.data.graph import AtomicGraph, NodeOutput
-from mlip.nn.neighborhoods import gather_neighborhoods, pole
+from mlip.nn.neighborhoods import gather_neighborhoods, pole, reversed_slots
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-# (Z, v, neighbors) -> energies (N,), features (N, C), gradient (N, K, 3)
+# (Z, v, neighbors) -> energies (N,), features (N, C), gradient (N, K, 3); neighbors are (N, K), or
+# (2, N, K) with the slots of the reversed edges in the rows of the neighbours
 Program = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class Laid(NamedTuple):
-    """A graph for models that read vectors (N, K, 3) and neighbours (N, K) as they are."""
+    """A graph for models that read vectors (N, K, 3) and neighbours (N, K) as they are, and those
+    that read reversed edges with their slots: (2, N, K)."""
 
     atomic_numbers: Tensor
     vectors: Tensor
@@ -82,7 +84,7 @@ class Compiled(nn.Module):
 
     def forward(self, graph: AtomicGraph) -> NodeOutput:
         N = len(graph.atomic_numbers)
-        Z, v, neighbors = padded(graph, self.config.cutoff)
+        Z, v, neighbors = padded(graph, self.model)
         if self._program is None:
             self._program = (self.ready or compiled)(self.model)
         with torch.no_grad():
@@ -131,7 +133,7 @@ class CompiledTraining(nn.Module):
 
     def forward(self, graph: AtomicGraph) -> NodeOutput:
         N = len(graph.atomic_numbers)
-        Z, v, neighbors = padded(graph, self.config.cutoff)
+        Z, v, neighbors = padded(graph, self.model)
         if self._program is None:
             self._program = torch.compile(traced_for_training(self.model), dynamic=True)
         weights = list(self.model.parameters())
@@ -180,19 +182,31 @@ def uncompiled(model: Any) -> Program:
     return program
 
 
-def padded(graph: AtomicGraph, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Z (N + 1), vectors (N + 1, K + 1, 3) and neighbours (N + 1, K + 1) of the neighbourhoods.
+def padded(graph: AtomicGraph, model: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Z (N + 1), vectors (N + 1, K + 1, 3) and neighbours ([2,] N + 1, K + 1) of the neighbourhoods
+    that a model reads.
 
     One slot and one atom more than there are: sizes 0 and 1 would be compiled anew.
     """
-    N = len(graph.atomic_numbers)
+    N, cutoff = len(graph.atomic_numbers), model.config.cutoff
     hood = gather_neighborhoods(graph.vectors, graph.edge_index, N, cutoff)
     empty = pole(hood.vectors, cutoff)
     K = hood.vectors.shape[1]
     v = torch.cat([hood.vectors, empty.expand(N, 1, 3)], dim=1)
     v = torch.cat([v, empty.expand(1, K + 1, 3)])
-    neighbors = nn.functional.pad(hood.neighbors.view(N, K), (0, 1, 0, 1))
-    return nn.functional.pad(graph.atomic_numbers, (0, 1)), v, neighbors
+    neighbors = hood.neighbors.view(N, K)
+    if reads_reversed(model):
+        neighbors = torch.stack([neighbors, reversed_slots(graph, K)])
+    return (
+        nn.functional.pad(graph.atomic_numbers, (0, 1)),
+        v,
+        nn.functional.pad(neighbors, (0, 1, 0, 1)),
+    )
+
+
+def reads_reversed(model: Any) -> bool:
+    """Whether a model reads the edge j <- i with i <- j."""
+    return bool(getattr(model, "reads_reversed", False))
 
 
 def exported(model: Any) -> ExportedProgram:
@@ -201,8 +215,11 @@ def exported(model: Any) -> ExportedProgram:
 
     trace, example = traced(model)
     N, K = Dim("atoms", min=2), Dim("slots", min=2)
+    first = example[2].dim() - 2
     with torch.no_grad():
-        return export(trace, example, dynamic_shapes=({0: N}, {0: N, 1: K}, {0: N, 1: K}))
+        return export(
+            trace, example, dynamic_shapes=({0: N}, {0: N, 1: K}, {first: N, first + 1: K})
+        )
 
 
 def traced(model: Any) -> tuple[torch.fx.GraphModule, tuple[Tensor, Tensor, Tensor]]:
@@ -267,5 +284,7 @@ def example(model: Any) -> tuple[Tensor, Tensor, Tensor]:
     the same."""
     N, K = 97, 89
     v = next(model.parameters()).new_tensor([0.0, 0.0, model.config.cutoff])
-    neighbors = torch.zeros(N, K, dtype=torch.int64, device=v.device)
-    return neighbors[:, 0] + 1, v.expand(N, K, 3).contiguous(), neighbors
+    shape = (2, N, K) if reads_reversed(model) else (N, K)
+    neighbors = torch.zeros(shape, dtype=torch.int64, device=v.device)
+    Z = torch.ones(N, dtype=torch.int64, device=v.device)
+    return Z, v.expand(N, K, 3).contiguous(), neighbors

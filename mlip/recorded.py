@@ -57,7 +57,7 @@ class Recorded:
         self._free: torch.cuda.Event | None = None  # when the last results have been copied
 
     def __call__(self, Z: Tensor, v: Tensor, neighbors: Tensor) -> Results:
-        N, K = neighbors.shape
+        N, K = v.shape[:2]
         size = rounded(N), rounded(K)
         with self._lock:
             if N * K > LARGE or not self._comes_again(size):
@@ -85,7 +85,7 @@ class Recorded:
         return known
 
     def _enlarged(self, size: tuple[int, int], Z: Tensor, v: Tensor, neighbors: Tensor) -> Results:
-        N, K = neighbors.shape
+        N, K = v.shape[:2]
         atoms, slots = size[0] - N, size[1] - K
         larger = v.new_zeros(*size, 3)
         larger[..., 2] = self.cutoff

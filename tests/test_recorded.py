@@ -19,7 +19,7 @@ from mlip.models import build
 from mlip.potential import Potential
 from mlip.recorded import Recorded, Results, rounded
 
-MODELS = ["facet", "gaunt", "ponita", "transip"]
+MODELS = ["escaip", "facet", "gaunt", "ponita", "transip"]
 
 
 class Tape:
@@ -75,7 +75,7 @@ def test_the_same_numbers_for_sizes_that_come_and_go(name: str) -> None:
 def test_results_stay_when_the_program_runs_again() -> None:
     plain = potential("facet")
     program = Recorded(uncompiled(plain.model), 4.0, Tape())
-    inputs = [padded(with_vectors(atoms), 4.0) for atoms in structures()[:2]]
+    inputs = [padded(with_vectors(atoms), plain.model) for atoms in structures()[:2]]
     for _ in range(2):
         first = program(*inputs[0])
     kept = [x.clone() for x in first]

@@ -41,13 +41,12 @@ from torch import Tensor, nn
 from mlip.config import Config
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.nn.attention import attend, log_envelope
-from mlip.nn.buckets import bucket_by_degree
 from mlip.nn.constant import Constant
-from mlip.nn.neighborhoods import pole, reversed_edges
 from mlip.nn.radial import bessel
 from mlip.nn.rigid_motion import without_rigid_motion
 from mlip.nn.soft_neighbors import log_soft_knn, soft_ranks
 from mlip.nn.spherical import SphericalHarmonics, degree_of_component
+from mlip.nn.tokens import Tokens, lay_out_tokens
 
 
 class EScAIPConfig(Config):
@@ -111,6 +110,8 @@ class Hood(NamedTuple):
 class EScAIP(nn.Module):
     """The model; see the module's docstring for the equations."""
 
+    reads_reversed = True  # edges
+
     def __init__(self, config: EScAIPConfig) -> None:
         super().__init__()
         c = self.config = config
@@ -156,7 +157,7 @@ class EScAIP(nn.Module):
         """
         order, hoods = self.neighborhoods(graph)
         Z = graph.atomic_numbers
-        nodes = torch.arange(len(Z), device=Z.device) if order is None else order
+        nodes = torch.arange(Z.shape[0], device=Z.device) if order is None else order
         h, A = self.node_input(self.embed(Z[nodes]), hoods)
         h = h if share is None else share(h, nodes)
         field = None
@@ -190,52 +191,32 @@ class EScAIP(nn.Module):
 
     def neighborhoods(self, graph: AtomicGraph) -> tuple[Tensor | None, list[Hood]]:
         """Sort atoms by degree (None: not necessary) and lay out their edges in few buckets."""
-        c = self.config
-        vectors, (j, i) = graph.vectors, graph.edge_index
-        order, buckets = bucket_by_degree(i, len(graph.atomic_numbers))
-        if order is not None:
-            j = torch.argsort(order).index_select(0, j)
-        # Empty slots lie beyond the cutoff, where the envelope is exactly zero.  The direction of
-        # slot 0 is one of length 1 until all it gives is masked, so that no length is zero.
-        E = len(j)
-        vectors = torch.cat([vectors, pole(vectors, 2 * c.cutoff), pole(vectors, 1)])
-        slots = torch.cat([bucket.edges.flatten() for bucket in buckets])  # edge of each slot
-        own = torch.arange(len(slots), device=j.device)
-        slot_of = torch.zeros(E + 2, dtype=torch.int64, device=j.device).scatter_(0, slots, own)
-        reverse = torch.cat([reversed_edges(graph), j.new_full((2,), E)]).index_select(0, slots)
-        # An atom itself is its own reverse, and so is, without effect, an empty slot.
-        reverse = torch.where(reverse < E, slot_of.index_select(0, reverse), own)
-        reverses = reverse.split([bucket.edges.numel() for bucket in buckets])
-        j = torch.cat([j, j.new_zeros(2)])
-        hoods = []
-        for bucket, reverse in zip(buckets, reverses, strict=True):
-            n, T = bucket.edges.shape
-            edges = bucket.edges.flatten()
-            neighbors = j.index_select(0, edges).view(n, T)
-            neighbors[:, 0] = torch.arange(bucket.first, bucket.last, device=j.device)
-            v = vectors.index_select(0, edges).view(n, T, 3)
-            other = (torch.arange(T, device=j.device) > 0).to(v.dtype)[:, None]  # (T, 1)
-            r = v.norm(dim=-1, keepdim=True)
-            unit = v / r * other
-            x = r[..., 0] / c.cutoff
-            log_fade = log_envelope(x) * other[:, 0]  # (n, T)
-            Y = self.harmonics(unit)
-            hoods.append(
-                Hood(
-                    first=bucket.first,
-                    last=bucket.last,
-                    neighbors=neighbors.flatten(),
-                    reverse=reverse,
-                    x=x,
-                    unit=unit,
-                    radial=bessel(x, c.num_basis, c.stretch) * other,
-                    fade=log_fade.exp(),
-                    log_fade=log_fade,
-                    Y=Y,
-                    angular=self.angles(Y).unsqueeze(2),
-                )
-            )
-        return order, hoods if c.graph == "envelope" else self.nearest(hoods)
+        order, tokens = lay_out_tokens(graph, self.config.cutoff)
+        hoods = [self.hood(part) for part in tokens]
+        return order, hoods if self.config.graph == "envelope" else self.nearest(hoods)
+
+    def hood(self, tokens: Tokens) -> Hood:
+        """What a model reads of the neighbourhoods of a bucket."""
+        c, v = self.config, tokens.vectors
+        other = (torch.arange(v.shape[1], device=v.device) > 0).to(v.dtype)[:, None]  # (T, 1)
+        r = v.norm(dim=-1, keepdim=True)
+        unit = v / r * other
+        x = r[..., 0] / c.cutoff
+        log_fade = log_envelope(x) * other[:, 0]  # (n, T)
+        Y = self.harmonics(unit)
+        return Hood(
+            first=tokens.first,
+            last=tokens.last,
+            neighbors=tokens.neighbors,
+            reverse=tokens.reverse,
+            x=x,
+            unit=unit,
+            radial=bessel(x, c.num_basis, c.stretch) * other,
+            fade=log_fade.exp(),
+            log_fade=log_fade,
+            Y=Y,
+            angular=self.angles(Y).unsqueeze(2),
+        )
 
     def nearest(self, hoods: list[Hood]) -> list[Hood]:
         """The same neighbourhoods with the weights of the published soft bi-kNN graph."""

@@ -85,3 +85,13 @@ def reversed_edges(graph: AtomicGraph) -> Tensor:
     key, edge = key.sort()
     place = torch.searchsorted(key, reverse).clamp(max=E - 1)
     return torch.where(key[place] == reverse, edge[place], E)
+
+
+def reversed_slots(graph: AtomicGraph, K: int) -> Tensor:
+    """(N, K) for the edge i <- j in a slot of row i, the slot of j <- i in row j; 0 where there is
+    none.  Edges are laid out as by ``gather_neighborhoods``."""
+    i = graph.edge_index[1]
+    N, E = len(graph.atomic_numbers), len(i)
+    slot = torch.arange(E, device=i.device) - first_edges(i, N).index_select(0, i)  # (E,)
+    there = torch.cat([slot, slot.new_zeros(1)]).index_select(0, reversed_edges(graph))
+    return slot.new_zeros(N, K).index_put((i, slot), there)

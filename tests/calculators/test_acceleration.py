@@ -43,6 +43,7 @@ CASES = [
     ("gaunt", "trace", torch.float64),
     ("ponita", "trace", torch.float32),
     ("transip", "trace", torch.float64),
+    ("escaip", "trace", torch.float64),
 ]
 
 
@@ -75,6 +76,8 @@ def potential(name: str, dtype: torch.dtype = torch.float64) -> Potential:
         "gaunt": {"channels": 4, "lmax": 1, "hidden": 4, "num_basis": 4, "num_layers": 1}
         | {"message_channels": (3, 2)},
         "ponita": {"channels": 8, "message_channels": 4, "num_layers": 1},
+        "escaip": {"hidden": 12, "node_hidden": 20, "num_heads": 2, "num_basis": 4}
+        | {"angular_channels": (3, 1), "density_channels": 5},
         "transip": {"hidden": 24, "latent": (3, 1), "num_heads": 2, "num_layers": 1}
         | {"tokens": "irreps"},
     }

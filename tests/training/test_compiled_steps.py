@@ -29,6 +29,8 @@ TINY: dict[str, dict[str, Any]] = {
     "facet": {"channels": 4, "lmax": 2, "hidden": 4, "message_channels": (3, 2), "quartic": True},
     "gaunt": {"channels": 4, "lmax": 2, "hidden": 4, "message_channels": (3, 2)},
     "ponita": {"channels": 8, "message_channels": 4, "num_layers": 1},
+    "escaip": {"hidden": 12, "node_hidden": 20, "num_heads": 2, "num_basis": 4}
+    | {"angular_channels": (3, 1), "density_channels": 5},
     "transip": {"hidden": 24, "latent": (3, 1), "num_heads": 2, "tokens": "irreps"},
     # 12 tokens of a width of its own: no size of the example may be taken for one of the model.
     "transip, plain tokens": {"hidden": 60, "latent": (12, 4), "num_heads": 2, "num_layers": 1},
