@@ -133,8 +133,8 @@ def test_a_processor_is_refused() -> None:
 
 
 def test_models_without_a_program_are_refused() -> None:
-    with pytest.raises(BackendError, match=r"cudagraph is for Facet.*not EScAIP"):
-        CudaGraph().convert(build("escaip", cutoff=4.0))
+    with pytest.raises(BackendError, match=r"cudagraph is for EScAIP, Facet.*not MACE"):
+        CudaGraph().convert(build("mace", cutoff=4.0, elements=(1,)))
 
 
 @pytest.mark.parametrize("name", MODELS)
