@@ -52,7 +52,7 @@ REFERENCE = "mace-small"
 ROUGH = {
     "facet:small+compile": (0.10, 0), "facet:small": (0.14, 9), "facet": (0.3, 16),
     "gaunt": (0.3, 16), "escaip": (0.25, 16), "transip": (0.25, 20), "ponita": (0.3, 20),
-    "environment": (0.15, 12), "mace:small": (0.45, 40), "mace": (0.95, 80),
+    "environment": (0.15, 12), "mace:small": (0.45, 40), "mace:medium": (0.95, 80),
     "mace-small": (1.2, 90), "mace-medium": (2.7, 160), "nequip-small": (0.12, 6),
     "nequip-medium": (2.0, 120), "sevenn": (3.5, 200), "matgl": (0.7, 40), "chgnet": (1.3, 60),
 }  # fmt: skip
