@@ -26,12 +26,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlip.backends import PATIENCE, BackendError, check, eventually
 from mlip.calculators.memory import LiveBytes, available_memory
 from mlip.compiled import Compiled
 from mlip.data.graph import AtomicGraph, NodeOutput
+from mlip.nn.buckets import bucket_by_degree
 from mlip.nn.neighborhoods import first_edges
 from mlip.potential import Potential
 
@@ -61,6 +62,15 @@ def slots(graph: AtomicGraph) -> int:
     N = len(graph.atomic_numbers)
     degree = first_edges(graph.edge_index[1], N).diff()
     return N * (int(degree.max()) + 1) if N else 0
+
+
+def laid_out(graph: AtomicGraph, model: nn.Module) -> int:
+    """Slots that a model makes of a graph: fewer if it cuts atoms of few neighbours into buckets of
+    their own."""
+    if not any(getattr(module, "bucketed", False) for module in model.modules()):
+        return slots(graph)
+    buckets = bucket_by_degree(graph.edge_index[1], len(graph.atomic_numbers))
+    return sum(bucket.edges.numel() for bucket in buckets.parts)
 
 
 def piece(graph: AtomicGraph, atoms: Tensor, hops: int) -> Piece:
@@ -276,7 +286,7 @@ class BoundedPotential:
             atoms, _ = evaluate_piece(plain, sample, vectors)
         if atoms.forces is not None:  # of the whole structure they have no net force
             self.hops = None
-        return MARGIN * live.peak / sample.slots
+        return MARGIN * live.peak / laid_out(sample.graph, plain.model)
 
 
 def _tell(atoms: int, parts: int, needed: float, most: float, limit: float) -> None:

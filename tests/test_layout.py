@@ -86,7 +86,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "mlip.calculators": (
         {"mlip.calculators", "mlip.checkpoint", "mlip.pretrained", "mlip.potential", "mlip.data"}
         | {"mlip.rotation_orbit", "mlip.wrappers", "mlip.backends"}
-        | {"mlip.compiled", "mlip.programfile", "mlip.nn.neighborhoods"},
+        | {"mlip.compiled", "mlip.programfile", "mlip.nn.buckets", "mlip.nn.neighborhoods"},
         {"ase", "matscipy", "matplotlib", "rich", "scipy", "spglib"},
     ),
     "mlip.mace_export": (set(), {"ase", "mace"}),

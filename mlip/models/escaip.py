@@ -111,6 +111,7 @@ class EScAIP(nn.Module):
     """The model; see the module's docstring for the equations."""
 
     reads_reversed = True  # edges
+    bucketed = True  # edges are laid out in ``mlip.nn.buckets``
 
     def __init__(self, config: EScAIPConfig) -> None:
         super().__init__()

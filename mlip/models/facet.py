@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from mlip.config import Config
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.nn.constant import Constant
-from mlip.nn.density import Density, EdgeBasis
+from mlip.nn.density import Density, EdgeBasis, Edges
 from mlip.nn.gaunt_product import GauntProduct
 from mlip.nn.layers import ExternalField, InvariantMLP, soft_norm
 from mlip.nn.sphere_grid import SphereGrid
@@ -78,6 +78,8 @@ class FacetConfig(Config):
 class Facet(nn.Module):
     """The model; see the module's docstring for the equations."""
 
+    bucketed = True  # edges are laid out in ``mlip.nn.buckets``
+
     def __init__(self, config: FacetConfig) -> None:
         super().__init__()
         c = self.config = config
@@ -107,16 +109,16 @@ class Facet(nn.Module):
     def forward(self, graph: AtomicGraph) -> NodeOutput:
         c = self.config
         N = graph.atomic_numbers.shape[0]  # unlike len(), a symbol to a compiler
-        edges, hood = self.edges(graph.vectors, graph.edge_index, N)
+        edges = self.edges(graph.vectors, graph.edge_index, N)
 
-        species = self.embed(graph.atomic_numbers)  # (N, C)
+        species = self.embed(edges.sorted(graph.atomic_numbers))  # (N, C)
         scalars, steerable = species, None
-        field = None if c.field is None else graph.external_field(c.field)  # (N, 3)
+        field = None if c.field is None else edges.sorted(graph.external_field(c.field))  # (N, 3)
         energy = torch.zeros_like(species[:, 0])
         for layer in self.layers:
-            scalars, steerable, e = layer(scalars, steerable, species, edges, hood.neighbors, field)
+            scalars, steerable, e = layer(scalars, steerable, species, edges, field)
             energy = energy + e
-        return NodeOutput(energy=energy, features=scalars)
+        return NodeOutput(edges.restored(energy), edges.restored(scalars))
 
 
 class Layer(nn.Module):
@@ -145,8 +147,7 @@ class Layer(nn.Module):
         scalars: Tensor,
         steerable: Tensor | None,
         species: Tensor,
-        edges: Tensor,
-        neighbors: Tensor,
+        edges: Edges,
         field: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         messages = [self.send[0](scalars)]  # (N, S0)
@@ -155,7 +156,7 @@ class Layer(nn.Module):
                 assert steerable is not None
                 g = send(steerable[l * l : (l + 1) ** 2])  # (2l+1, N, S)
                 messages.append(g.transpose(0, 1).flatten(1))  # (N, (2l+1) S)
-        A = self.density(edges, messages, neighbors)  # (LM, N, 2C)
+        A = self.density(edges, messages)  # (LM, N, 2C)
         if self.field is not None and field is not None:
             A = self.field(A, field)
         A = A * (soft_norm(A, (0, 2))[:, None] * (1 + self.species_gate(species)))

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from mlip.config import Config
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.nn.constant import Constant
-from mlip.nn.density import Density, EdgeBasis
+from mlip.nn.density import Density, EdgeBasis, Edges
 from mlip.nn.gaunt_product import BracketProduct, GauntPolynomial
 from mlip.nn.layers import ExternalField, InvariantMLP, soft_norm
 from mlip.nn.spherical import degree_of_component
@@ -89,6 +89,8 @@ class GauntConfig(Config):
 class Gaunt(nn.Module):
     """The model; see the module's docstring for the equations."""
 
+    bucketed = True  # edges are laid out in ``mlip.nn.buckets``
+
     def __init__(self, config: GauntConfig) -> None:
         super().__init__()
         c = self.config = config
@@ -119,16 +121,16 @@ class Gaunt(nn.Module):
     def forward(self, graph: AtomicGraph) -> NodeOutput:
         c = self.config
         N = graph.atomic_numbers.shape[0]  # unlike len(), a symbol to a compiler
-        edges, hood = self.edges(graph.vectors, graph.edge_index, N)
-        species = self.embed(graph.atomic_numbers)  # (N, C)
+        edges = self.edges(graph.vectors, graph.edge_index, N)
+        species = self.embed(edges.sorted(graph.atomic_numbers))  # (N, C)
         h = species[None]  # (LM, N, C), here of degree 0
-        field = None if c.field is None else graph.external_field(c.field)  # (N, 3)
+        field = None if c.field is None else edges.sorted(graph.external_field(c.field))  # (N, 3)
         energy = torch.zeros_like(species[:, 0])
         for layer in self.layers:
-            m, e = layer(h, species, edges, hood.neighbors, field)
+            m, e = layer(h, species, edges, field)
             h = torch.cat([h[: len(m)] + m[: len(h)], m[len(h) :]])  # the last has scalars alone
             energy = energy + e
-        return NodeOutput(energy=energy, features=h[0])
+        return NodeOutput(edges.restored(energy), edges.restored(h[0]))
 
 
 class Layer(nn.Module):
@@ -146,13 +148,13 @@ class Layer(nn.Module):
         nn.init.zeros_(self.readout.weight)  # training starts from the reference energies
 
     def forward(
-        self, h: Tensor, species: Tensor, edges: Tensor, neighbors: Tensor, field: Tensor | None
+        self, h: Tensor, species: Tensor, edges: Edges, field: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         messages = [
             send(h[l * l : (l + 1) ** 2]).transpose(0, 1).flatten(1)  # (N, (2l+1) S)
             for l, send in enumerate(self.send)
         ]
-        A = self.density(edges, messages, neighbors)  # (LM, N, F C)
+        A = self.density(edges, messages)  # (LM, N, F C)
         if self.field is not None and field is not None:
             A = self.field(A, field)
         m = self.products(A * soft_norm(A, (0, 2))[:, None], species)  # (LM', N, C)

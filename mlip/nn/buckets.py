@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlip.nn.neighborhoods import first_edges
+from mlip.nn.neighborhoods import Neighborhoods, first_edges, gather_neighborhoods, pole
 
 MAX_BUCKETS = 4
 MAX_PADDING = 0.2  # share of empty slots that is not worth another bucket
@@ -63,6 +63,30 @@ def bucket_by_degree(centers: Tensor, num_nodes: int) -> Buckets:
         parts.append(Bucket(start, start + size, edges))
         start += size
     return Buckets(order, parts)
+
+
+def bucketed_neighborhoods(
+    vectors: Tensor, edge_index: Tensor, num_nodes: int, cutoff: float
+) -> tuple[Tensor | None, list[Neighborhoods]]:
+    """Atoms (N,) by rising degree (None: as they were), and their edges in few pieces without the
+    slots of the atoms themselves.
+
+    Vectors (N, K, 3) with neighbours (N, K) are laid out already.
+    """
+    if vectors.dim() == 3 or not num_nodes:
+        return None, [gather_neighborhoods(vectors, edge_index, num_nodes, cutoff)]
+    j, i = edge_index
+    order, buckets = bucket_by_degree(i, num_nodes)
+    if order is not None:
+        j = torch.argsort(order).index_select(0, j)
+    vectors = torch.cat([vectors, pole(vectors, cutoff)])
+    j = torch.cat([j, j.new_zeros(1)])
+    hoods = []
+    for bucket in buckets:
+        edges = bucket.edges[:, 1:]
+        v = vectors.index_select(0, edges.flatten()).view(*edges.shape, 3)
+        hoods.append(Neighborhoods(v, j.index_select(0, edges.flatten())))
+    return order, hoods
 
 
 def cut_by_degree(histogram: Sequence[int]) -> list[int]:

@@ -11,22 +11,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from mlip.nn.buckets import bucketed_neighborhoods
 from mlip.nn.constant import Constant
-from mlip.nn.neighborhoods import Neighborhoods, gather_neighborhoods
 from mlip.nn.radial import bessel, polynomial_envelope
 from mlip.nn.spherical import SphericalHarmonics, clebsch_gordan, degree_of_component
 
 
-class EdgeBasis(nn.Module):
-    """Y_lm B_b f / (4 n)^1/2 of all edges, with the envelope f and n neighbours on average.
+class Edges(NamedTuple):
+    """Edges of all atoms, in few dense pieces of consecutive atoms."""
 
-    Edges (E, 3), sorted by centre -> (N, LM B, K) and the neighbourhoods they are laid out in.
-    """
+    parts: list[tuple[Tensor, Tensor]]  # (n, LM B, K) basis, (n K,) neighbours
+    order: Tensor | None  # (N,) in which atoms are numbered there; None: as they were
+
+    def sorted(self, x: Tensor) -> Tensor:
+        """Rows of atoms as they are numbered here."""
+        return x if self.order is None else x.index_select(0, self.order)
+
+    def restored(self, x: Tensor) -> Tensor:
+        """Rows of atoms as they were."""
+        return x if self.order is None else x.index_select(0, torch.argsort(self.order))
+
+
+class EdgeBasis(nn.Module):
+    """Y_lm B_b f / (4 n)^1/2 of all edges, with the envelope f and n neighbours on average."""
 
     def __init__(
         self,
@@ -41,16 +53,19 @@ class EdgeBasis(nn.Module):
         self.num_basis, self.cutoff, self.stretch = num_basis, cutoff, stretch
         self.scale = 1 / math.sqrt(4 * avg_num_neighbors)
 
-    def forward(
-        self, vectors: Tensor, edge_index: Tensor, num_nodes: int
-    ) -> tuple[Tensor, Neighborhoods]:
-        hood = gather_neighborhoods(vectors, edge_index, num_nodes, self.cutoff)
-        r = hood.vectors.norm(dim=-1, keepdim=True)  # (N, K, 1)
-        Y = self.harmonics(hood.vectors / r)  # (N, K, LM)
+    def forward(self, vectors: Tensor, edge_index: Tensor, num_nodes: int) -> Edges:
+        """Of vectors (E, 3), sorted by centre."""
+        order, hoods = bucketed_neighborhoods(vectors, edge_index, num_nodes, self.cutoff)
+        return Edges([(self.basis(hood.vectors), hood.neighbors) for hood in hoods], order)
+
+    def basis(self, v: Tensor) -> Tensor:
+        """(n, K, 3) -> (n, LM B, K)."""
+        r = v.norm(dim=-1, keepdim=True)  # (n, K, 1)
+        Y = self.harmonics(v / r)  # (n, K, LM)
         x = r[..., 0] / self.cutoff
         fade = (polynomial_envelope(x) * self.scale).unsqueeze(-1)
         B = bessel(x, self.num_basis, self.stretch) * fade
-        return (Y[..., :, None] * B[..., None, :]).flatten(2).mT, hood
+        return (Y[..., :, None] * B[..., None, :]).flatten(2).mT
 
 
 class Density(nn.Module):
@@ -74,20 +89,25 @@ class Density(nn.Module):
         self.filter_components = (min(lmax, 2) + 1) ** 2
         self.register_buffer("degree", degree_of_component(lmax), persistent=False)
 
-    def forward(self, edges: Tensor, messages: list[Tensor], neighbors: Tensor) -> Tensor:
-        N, _, K = edges.shape
-        B, S = self.num_basis, self.degrees
-        g = torch.cat(messages, dim=-1).index_select(0, neighbors).view(N, K, -1)
+    def forward(self, edges: Edges, messages: list[Tensor]) -> Tensor:
+        B, S, rows = self.num_basis, self.degrees, self.filter_components
+        g = torch.cat(messages, dim=-1)
+        N, width = g.shape
         widths = [(2 * l + 1) * n for l, n in enumerate(S)]
-        scalars, others = g.split([widths[0], sum(widths[1:])], dim=-1)
-        T = torch.bmm(edges, scalars)  # (N, LM B, S0)
-        T = T.view(N, -1, B * S[0]).transpose(0, 1)  # (LM, N, B S0)
+        sums, others = [], []
+        for basis, neighbors in edges.parts:
+            n, _, K = basis.shape
+            near = g.index_select(0, neighbors).view(n, K, width)
+            # One product and one slice for all degrees but 0: a gradient of a slice is as large as
+            # what it was cut from.
+            of_scalars, of_others = near.split([widths[0], width - widths[0]], dim=-1)
+            sums.append(torch.bmm(basis, of_scalars))  # (n, LM B, S0)
+            if len(S) > 1:
+                others.append(torch.bmm(basis[:, : rows * B], of_others))  # (n, lm B, m' S)
+        T = joined(sums).view(N, -1, B * S[0]).transpose(0, 1)  # (LM, N, B S0)
         A = torch.bmm(T, self.weights[0].index_select(0, self.degree))
         if len(S) > 1:
-            # One product and one slice for all degrees: a gradient of a slice is as large as what
-            # it was cut from.
-            rows = self.filter_components
-            T = torch.bmm(edges[:, : rows * B], others)  # (N, lm B, m' S of all degrees)
+            T = joined(others)
             couplings = cast(Iterable[Coupling], self.couplings)
             parts = zip(
                 couplings, list(self.weights)[1:], T.split(widths[1:], -1), S[1:], strict=True
@@ -97,6 +117,11 @@ class Density(nn.Module):
                 T = torch.bmm(T, weight.index_select(0, coupling.path))  # (Q, N, C)
                 A = A + (coupling.collect() @ T.flatten(1)).view(A.shape)
         return A
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """All rows; without a copy of a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Coupling(nn.Module):
