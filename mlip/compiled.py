@@ -218,7 +218,11 @@ def exported(model: Any) -> ExportedProgram:
     first = example[2].dim() - 2
     with torch.no_grad():
         return export(
-            trace, example, dynamic_shapes=({0: N}, {0: N, 1: K}, {first: N, first + 1: K})
+            trace,
+            example,
+            dynamic_shapes=({0: N}, {0: N, 1: K}, {first: N, first + 1: K}),
+            # True for all sizes, which the exporter does not see of every order of strides.
+            prefer_deferred_runtime_asserts_over_guards=True,
         )
 
 

@@ -105,6 +105,7 @@ class Hood(NamedTuple):
     log_fade: Tensor  # (n, T)
     Y: Tensor  # (n, T, LM)
     angular: Tensor  # (n, T, 1, d) harmonics of each channel of a query
+    of_program: bool  # the fused kernel asks for sizes, and has no second derivative
 
 
 class EScAIP(nn.Module):
@@ -217,6 +218,7 @@ class EScAIP(nn.Module):
             log_fade=log_fade,
             Y=Y,
             angular=self.angles(Y).unsqueeze(2),
+            of_program=tokens.of_program,
         )
 
     def nearest(self, hoods: list[Hood]) -> list[Hood]:
@@ -447,7 +449,8 @@ class Block(nn.Module):
         k = self.project(x, self.key) * hood.angular
         v = self.value(x).unflatten(-1, (self.heads, -1))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = attend(q, k, v, hood.log_fade[:, None], fused=not self.training)
+        fused = not (self.training or hood.of_program)
+        out = attend(q, k, v, hood.log_fade[:, None], fused=fused)
         return out.transpose(1, 2).flatten(2)
 
     def project(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class Tokens(NamedTuple):
     vectors: Tensor  # (n, T, 3) centre to neighbour, angstrom
     neighbors: Tensor  # (n T,) index of the neighbour, of the atom itself in slot 0
     reverse: Tensor  # (n T,) slot of the reversed edge among those of all buckets; its own if none
+    of_program: bool = False  # neighbourhoods that were laid out before, of sizes yet unknown
 
 
 def lay_out_tokens(graph: AtomicGraph, cutoff: float) -> tuple[Tensor | None, list[Tokens]]:
@@ -66,4 +67,4 @@ def _laid(vectors: Tensor, neighbors: Tensor, slots: Tensor) -> Tokens:
     v = torch.cat([pole(vectors, 1).expand(N, 1, 3), vectors], dim=1)
     neighbors = torch.cat([own, neighbors], dim=1)
     reverse = neighbors * (K + 1) + nn.functional.pad(slots + 1, (1, 0))
-    return Tokens(0, N, v, neighbors.flatten(), reverse.flatten())
+    return Tokens(0, N, v, neighbors.flatten(), reverse.flatten(), of_program=True)
