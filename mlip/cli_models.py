@@ -34,7 +34,7 @@ def compile_model(
     out: Annotated[str, typer.Option(help="Program file to write, NAME.pt2.")],
     dtype: Dtype = "",
 ) -> None:
-    """Compile a model ahead of time for this machine: facet, gaunt, ponita, transip.
+    """Compile a model ahead of time for this machine: escaip, facet, gaunt, ponita, transip.
 
     The program file is code, checked here and whenever it is loaded beside its model.
 
