@@ -246,6 +246,18 @@ class BoundedPotential:
             return self.potential(graph, stress=stress)
         return in_pieces(self.plain, graph, parts, stress)
 
+    def copies(self, graph: AtomicGraph, wanted: int, times: float) -> int:
+        """How many copies of a structure fit, of those wanted, if each takes ``times`` the memory
+        of an evaluation; at least one."""
+        each = times * slots(graph)
+        if wanted * each <= self._fits or self.hops is None:
+            return wanted
+        if self.bytes_per_slot is None:
+            self.bytes_per_slot = self.count(graph)
+        needed = wanted * each * self.bytes_per_slot
+        limit = self.limit(graph.positions.device)
+        return max(1, int(wanted * limit / needed)) if needed > limit else wanted
+
     @property
     def plain(self) -> Potential:
         """Without a program: programs refuse to be watched, and give no gradients of some atoms'

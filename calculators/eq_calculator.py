@@ -36,7 +36,7 @@ from mlip.backends import is_auto
 from mlip.calculators.batching import as_frames, batches
 from mlip.calculators.chunks import BoundedPotential
 from mlip.calculators.foreign_options import MODEL_ALIASES, refuse_unknown, take_alias
-from mlip.calculators.hessian import hessian
+from mlip.calculators.hessian import copies_at_once, hessian
 from mlip.calculators.info_inputs import InfoInputs
 from mlip.calculators.memory import parse_memory
 from mlip.calculators.model_sources import (
@@ -58,6 +58,7 @@ SPREAD = tuple(
     f"{name}_{kind}" for name in ("energy", "forces", "stress") for kind in ("var", "comm")
 )
 ORBIT_SPREAD = ("energy_spread", "forces_spread")
+DISPLACED = 0.1  # angstrom; skin of lists of neighbours that displaced copies of a structure share
 
 
 class EqCalculator(Calculator):
@@ -212,9 +213,9 @@ class EqCalculator(Calculator):
         """
         frames = as_frames(structures)
         results: list[dict[str, Any]] = []
+        twin = self.twin(skin=DISPLACED)
         for batch in batches([len(atoms) for atoms in frames], max_atoms):
-            twins = [self.twin(skin=0.0) for _ in batch]
-            answers = self._evaluate_together([frames[k] for k in batch], twins)
+            answers = self._evaluate_together([frames[k] for k in batch], [twin] * len(batch))
             for k, answer in zip(batch, answers, strict=True):
                 if isinstance(answer, ValueError):
                     raise ValueError(f"structure {k}: {answer}") from answer
@@ -339,21 +340,24 @@ class EqCalculator(Calculator):
         with self._lock:
             return hessian(self, atoms, method, displacement)
 
-    def differentiable_forces(self, atoms: Atoms) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of each member the forces and the positions that they can be differentiated by, in the
-        model's units."""
-        pairs = []
-        with shielded(self.device):
-            graphs = self.checked_graphs(atoms)
-            for potential in self.potentials:
-                # In training mode a potential keeps the graph of its forces; its parts stay in
-                # evaluation mode.
-                twin = copy.copy(potential)
-                twin.training = True
-                graph = graphs[potential.cutoff].to(self.device)
-                positions = graph.positions.clone().requires_grad_()
-                pairs.append((twin(graph.replace(positions=positions))["forces"], positions))
-        return pairs
+    def differentiable_forces(self, atoms: Atoms) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each member the forces and the positions that they can be differentiated by, (K N, 3)
+        of K copies of the structure, in the model's units."""
+        graphs = self.checked_graphs(atoms)
+        for potential, bounded in zip(self.potentials, self._bounded, strict=True):
+            # In training mode a potential keeps the graph of its forces; its parts stay in
+            # evaluation mode.
+            twin = copy.copy(potential)
+            twin.training = True
+            graph = graphs[potential.cutoff].to(self.device)
+            batch = self._joined([graph] * copies_at_once(potential, bounded, graph))
+            positions = batch.positions.clone().requires_grad_()
+            forces = twin(batch.replace(positions=positions))["forces"]
+            if not forces.requires_grad and graph.edge_index.shape[1]:
+                raise RuntimeError(
+                    "the forces of this model have no derivative; take method='finite'"
+                )
+            yield forces, positions
 
     def _given(self, atoms: Atoms | None) -> Atoms:
         atoms = self.atoms if atoms is None else atoms

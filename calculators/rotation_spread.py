@@ -47,6 +47,11 @@ def has_spread(potential: Potential) -> bool:
     return isinstance(potential.model, RotationAveraging)
 
 
+def num_turns(potential: Potential) -> int:
+    """Of how many copies of a structure the potential is the mean."""
+    return len(potential.model.rotations) if has_spread(potential) else 1
+
+
 def without_mean(potential: Potential) -> Potential:
     """The potential whose mean over rotations this is, or itself."""
     model = potential.model

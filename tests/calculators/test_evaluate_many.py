@@ -7,7 +7,8 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 
-from mlip.calculators import EqCalculator
+from mlip.calculators import EqCalculator, neighbor_cache
+from mlip.data.neighbors import neighbor_list
 
 
 def structures() -> list[Atoms]:
@@ -32,6 +33,26 @@ def test_as_one_by_one(toy, options: dict, max_atoms: int) -> None:
         assert ("stress" in results) == bool(atoms.pbc.all())
         for key, value in calc.results.items():
             np.testing.assert_allclose(results[key], value, rtol=0, atol=1e-10, err_msg=key)
+
+
+def test_displaced_copies_share_a_list_of_neighbours(monkeypatch, toy) -> None:
+    made = []
+
+    def counted(*arguments):
+        made.append(arguments)
+        return neighbor_list(*arguments)
+
+    monkeypatch.setattr(neighbor_cache, "neighbor_list", counted)
+    frames = []
+    for k in range(4):
+        frames.append(bulk("Cu", cubic=True))
+        frames[-1].positions[k] += 0.02
+    calc = EqCalculator(toy, dtype="float64")
+    together = calc.evaluate(frames, max_atoms=8)
+    assert len(made) == 1
+    for atoms, results in zip(frames, together, strict=True):
+        calc.calculate(atoms)
+        np.testing.assert_allclose(results["forces"], calc.results["forces"], atol=1e-10)
 
 
 def test_committee(toy) -> None:

@@ -11,7 +11,10 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 
-from mlip.calculators import EqCalculator
+from mlip.calculators import EqCalculator, hessian
+from mlip.calculators.chunks import BoundedPotential, slots
+from mlip.compiled import Compiled, Laid, Program
+from mlip.data.graph import AtomicGraph
 from mlip.models import build
 from mlip.potential import Potential
 from mlip.training.soft_equivariance import project
@@ -34,6 +37,60 @@ def test_hessian(potential) -> None:
     np.testing.assert_array_equal(matrix, matrix.T)
     np.testing.assert_allclose(H.sum(axis=1), 0, atol=1e-9)  # no force under translation
     assert (EqCalculator(potential).get_hessian(Atoms("Si")) == 0).all()
+
+
+def with_field() -> Potential:
+    model = build("facet", cutoff=4.0, channels=4, lmax=2, hidden=8, num_basis=4, field="given")
+    without_zeros(model, 0.3)
+    return Potential(model, torch.zeros(119)).double().eval()
+
+
+def untraced(model: torch.nn.Module) -> Program:
+    """What a program computes, without the seconds that tracing takes."""
+
+    def program(Z, v, neighbors):
+        with torch.enable_grad():
+            v = v.detach().requires_grad_()
+            out = model(Laid(Z, v, neighbors))
+            (g,) = torch.autograd.grad(out.energy.sum(), v)
+        return out.energy.detach(), out.features.detach(), g
+
+    return program
+
+
+@pytest.mark.filterwarnings("ignore:symmetrize")  # of an exact model
+@pytest.mark.parametrize("case", ["plain", "committee", "mean", "program", "charge", "field"])
+def test_rows_together_are_rows_one_by_one(monkeypatch, lopsided, random_facet, case: str) -> None:
+    facet = Potential(random_facet(), torch.zeros(119), scale=3.0).double().eval()
+    calc = EqCalculator(
+        {
+            "committee": committee(facet),
+            "program": facet.with_model(Compiled(facet.model, ready=untraced)),
+            "charge": lopsided(),
+            "field": with_field(),
+        }.get(case, facet),
+        symmetrize="tetrahedral" if case == "mean" else None,
+    )
+    atoms = silicon()[:4]
+    atoms.info = {"charge": 1.0, "field": [0.1, 0.2, -0.3]}
+    together = calc.get_hessian(atoms, method="autograd")
+    assert abs(together).max() > 1e-3
+    monkeypatch.setattr(hessian, "COPIES", 1)
+    one_by_one = calc.get_hessian(atoms, method="autograd")
+    np.testing.assert_allclose(together, one_by_one, rtol=0, atol=1e-10)
+
+
+def test_rows_together_keep_to_the_memory(random_facet) -> None:
+    potential = Potential(random_facet(), torch.zeros(119)).double().eval()
+    graph = AtomicGraph.from_atoms(silicon(), potential.cutoff)
+
+    def copies(memory: float | None) -> int:
+        return hessian.copies_at_once(potential, BoundedPotential(potential, memory), graph)
+
+    bytes_of_one = hessian.MEMORY * slots(graph) * BoundedPotential(potential).count(graph)
+    assert copies(None) == copies(100 * bytes_of_one) == 8  # of 24 rows, at most 10 at a time
+    assert copies(4.5 * bytes_of_one) == 4
+    assert copies(1e3) == 1
 
 
 class Direct(torch.nn.Module):
@@ -59,6 +116,9 @@ def test_hessian_of_direct_forces_by_differences(toy) -> None:
     H = calc.get_hessian(atoms)
     assert np.isfinite(H).all() and abs(H).max() > 0.01
     np.testing.assert_array_equal(H, calc.get_hessian(atoms, method="finite"))
+    with pytest.raises(RuntimeError, match="no derivative; take method='finite'"):
+        calc.get_hessian(atoms, method="autograd")
+    assert (calc.get_hessian(Atoms("Si"), method="autograd") == 0).all()  # without neighbours
 
 
 def test_descriptors_are_invariant(potential) -> None:
