@@ -22,6 +22,7 @@ import sys
 import warnings
 import zipfile
 import zlib
+from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -71,7 +72,7 @@ class ProgramFile:
         """The file is not there."""
         return None if self.path.is_file() else f"there is no file {self.path}"
 
-    def convert(self, model: Any) -> Compiled:
+    def convert(self, model: Any, elements: Sequence[int]) -> Compiled:
         """The model with this program; BackendError if it is another model's."""
         require_fit(self.path, model)
         return Compiled(model, partial(open_program, self.path))
@@ -103,14 +104,15 @@ def write_program(potential: Potential, path: str | os.PathLike[str]) -> None:
         raise BackendError(f"program files are for processors, and the potential is on {device}")
     if (obstacle := compiler.obstacle(device)) is not None:
         raise BackendError(f"'{compiler.name}': {obstacle}")
-    model = compiler.convert(potential.model).model
+    model = potential.model
+    fast = compiler.convert(model, potential.elements).model
     with TemporaryDirectory() as folder:
         made = Path(folder) / path.name
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch about itself
                 torch._inductor.aoti_compile_and_package(
-                    exported(model),
+                    exported(fast),
                     package_path=str(made),
                     inductor_configs={"cpp.dynamic_threads": True},  # as many as there are then
                 )

@@ -47,6 +47,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "mlip.rotation_orbit": ({"mlip.potential", "mlip.nn", "mlip.data.graph"}, set()),
     "mlip.compiled": ({"mlip.nn", "mlip.data.graph"}, set()),
     "mlip.recorded": ({"mlip.compiled"}, set()),
+    "mlip.facet_gradient": ({"mlip.compiled", "mlip.models", "mlip.nn", "mlip.data.graph"}, set()),
     "mlip.backends": (
         {
             "mlip.models",
@@ -54,6 +55,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "mlip.nn",
             "mlip.data.graph",
             "mlip.compiled",
+            "mlip.facet_gradient",
             "mlip.recorded",
         },
         set(),

@@ -83,9 +83,10 @@ def bucketed_neighborhoods(
     j = torch.cat([j, j.new_zeros(1)])
     hoods = []
     for bucket in buckets:
-        edges = bucket.edges[:, 1:]
-        v = vectors.index_select(0, edges.flatten()).view(*edges.shape, 3)
-        hoods.append(Neighborhoods(v, j.index_select(0, edges.flatten())))
+        n, K = bucket.edges.shape
+        edges = bucket.edges[:, 1:].flatten()
+        v = vectors.index_select(0, edges).view(n, K - 1, 3)
+        hoods.append(Neighborhoods(v, j.index_select(0, edges), edges))
     return order, hoods
 
 

@@ -20,6 +20,7 @@ class Neighborhoods(NamedTuple):
 
     vectors: Tensor  # (N, K, 3) centre to neighbour, angstrom
     neighbors: Tensor  # (N * K,) index of the neighbour; 0 in empty slots
+    edges: Tensor | None = None  # (N * K,) edge in each slot, E where empty; None: laid out before
 
 
 def gather_neighborhoods(
@@ -40,7 +41,7 @@ def gather_neighborhoods(
     table[slot] = torch.arange(E, device=i.device)
     padded = torch.cat([vectors, pole(vectors, cutoff)]).index_select(0, table)
     neighbors = torch.cat([j, j.new_zeros(1)]).index_select(0, table)
-    return Neighborhoods(padded.view(num_nodes, K, 3), neighbors)
+    return Neighborhoods(padded.view(num_nodes, K, 3), neighbors, table)
 
 
 def first_edges(centers: Tensor, num_nodes: int) -> Tensor:

@@ -33,3 +33,25 @@ def polynomial_envelope(x: Tensor, p: int = 6) -> Tensor:
     x = x.clamp(max=1)
     c1, c2, c3 = (p + 1) * (p + 2) / 2, p * (p + 2), p * (p + 1) / 2
     return 1 - x**p * (c1 - x * (c2 - c3 * x))
+
+
+def bessel_with_slope(x: Tensor, num_basis: int, stretch: float = 0.0) -> tuple[Tensor, Tensor]:
+    """``bessel`` times ``polynomial_envelope`` and the derivative by ``x``: (e,) -> (num_basis, e).
+
+    With t = (1 + a) x / (1 + a x) and the envelope f they are w sin(n pi t), w = (2 / (1 + a))^1/2
+    t f / x^2.
+    """
+    a = stretch
+    n = math.pi * torch.arange(1, num_basis + 1, dtype=x.dtype, device=x.device)[:, None]
+    y = x.clamp(max=1)
+    y5, c = y.square().square() * y, math.sqrt(2 * (1 + a))
+    envelope = (1 - y5 * y * (28 - y * (48 - 21 * y))) * c
+    fall = y5 * (1 - y).square() * (-168 * c)
+    p = 1 / (x + a * x.square())  # t / ((1 + a) x^2)
+    px = p * x
+    w = p * envelope
+    slope = p * fall - w * p * (1 + 2 * a * x)
+    t, dt = (1 + a) * (px * x), (1 + a) * px.square()
+    angle = n * t
+    sine = torch.sin(angle)
+    return w * sine, slope * sine + (w * dt) * (n * torch.cos(angle))
