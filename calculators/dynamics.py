@@ -30,7 +30,8 @@ from ase.md.velocitydistribution import Stationary
 from ase.md.verlet import VelocityVerlet
 
 from mlip.calculators.md_state import read_state, restore_atoms, restore_dynamics, save_state
-from mlip.calculators.relaxation import as_calculator, frozen, last_frame
+from mlip.calculators.relax_result import frozen
+from mlip.calculators.relaxation import as_calculator, last_frame
 
 ENSEMBLES = ("nve", "langevin", "nose-hoover", "npt")
 COLUMNS = (

@@ -82,10 +82,11 @@ class EqCalculator(Calculator):
         ``"lebedev-11"`` (600), or another rule of ``mlip.nn.rotations``; with ``"+mirrors"`` at the
         end over reflections, too, which doubles the copies.  Costs as many times the model.
     accelerate : str or sequence of str, optional
-        ``"compile"``: one compiled program, about a minute the first time, not for all models;
-        ``"cudagraph"``: one recorded for a GPU; ``"splines"``: tables in place of MACE's radial
-        networks; ``"cuequivariance"``: NVIDIA's; ``"auto"``: what is known to pay (compiled: after
-        5000 steps).  Each is checked against the plain model in float64 first.
+        ``"analytic"``: Facet's gradient written out, what None stands for; ``"compile"``: one
+        compiled program, about a minute the first time, not for all models; ``"cudagraph"``: one
+        recorded for a GPU; ``"splines"``: tables in place of MACE's radial networks;
+        ``"cuequivariance"``: NVIDIA's; ``"auto"``: what is known to pay (compiled: after 5000
+        steps); ``"plain"``: nothing.  Each is checked against the plain model in float64 first.
     program : str or path, optional
         The same as ``"compile"``, compiled before by ``mlip compile`` and checked alike.  Such a
         file is code that runs when it is loaded: give only one that you made or trust.
@@ -255,6 +256,29 @@ class EqCalculator(Calculator):
                 calculator.atoms, calculator.results = atoms.copy(), answer
                 problems.append(None)
         return problems
+
+    @property
+    def length_unit(self) -> float:
+        """Angstrom; the unit of the graphs."""
+        return self._length_unit
+
+    def checked_inputs(self, atoms: Atoms) -> dict[str, torch.Tensor]:
+        """What the model reads of a structure beside its geometry; ValueError if it is none."""
+        check_structure(atoms, self._known)
+        return self._inputs.tensors(atoms)
+
+    def evaluate_graphs(
+        self, graphs: Mapping[float, AtomicGraph], stress: bool
+    ) -> tuple[np.ndarray, ...]:
+        """Of a batch energies (G,), forces (N, 3) and, if asked for, stresses (G, 3, 3) in eV and
+        angstrom, means over the members, from its graphs within each cutoff in the model's unit of
+        length."""
+        e, r = self._energy_unit, self._length_unit
+        units = {"energy": e, "forces": e / r} | ({"stress": e / r**3} if stress else {})
+        with shielded(self.device):
+            outputs = list(self._call({c: [graph] for c, graph in graphs.items()}, stress))
+            means = [torch.stack([out[key] for out in outputs]).mean(dim=0) for key in units]
+        return tuple(x.cpu().numpy() * unit for x, unit in zip(means, units.values(), strict=True))
 
     def get_property(
         self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True

@@ -37,14 +37,32 @@ class Edges(NamedTuple):
     lengths: Tensor  # (E,) float64, angstrom
 
 
-class _Reference(NamedTuple):
-    """The list with skin, and the geometry for which it was made."""
+class Reference(NamedTuple):
+    """A list with skin, and the geometry for which it was made."""
 
     positions: np.ndarray  # (N, 3)
     pbc: np.ndarray  # (3,)
     cell: np.ndarray  # (3, 3), non-periodic directions completed
     edge_index: Tensor  # (2, E)
     shifts: Tensor  # (E, 3)
+
+
+def list_with_skin(
+    positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, radius: float, device: torch.device
+) -> Reference:
+    """All pairs within ``radius``, cutoff and skin; the cell's other directions are completed."""
+    if device.type != "cpu" and len(positions) >= LARGE:
+        index, shifts = neighbor_list_on(device, positions, cell, pbc, radius)
+    else:
+        index, shifts = (torch.from_numpy(x) for x in neighbor_list(positions, cell, pbc, radius))
+    return Reference(positions.copy(), np.array(pbc, dtype=bool), cell, index, shifts)
+
+
+def cell_offsets(shifts: Tensor, cell: Tensor) -> Tensor:
+    """(E, 3) shifts @ cell, for one cell (3, 3) or one of each edge (E, 3, 3)."""
+    # Written out: a matrix product may round differently for other numbers of edges.
+    a, b, c = cell.unbind(dim=-2)
+    return shifts[:, :1] * a + shifts[:, 1:2] * b + shifts[:, 2:] * c
 
 
 class NeighborCache:
@@ -64,7 +82,7 @@ class NeighborCache:
         self.cutoff, self.skin = float(cutoff), float(skin)
         self.device = torch.device(device)
         self.num_builds = 0  # how often a list was made
-        self._reference: _Reference | None = None
+        self._reference: Reference | None = None
         self._offsets: tuple[np.ndarray, Tensor] | None = None  # cell, shifts @ cell
 
     def anew(self, skin: float | None = None) -> NeighborCache:
@@ -76,7 +94,10 @@ class NeighborCache:
         full = complete_cell(cell * np.asarray(pbc, dtype=bool)[:, None])
         reference = self._reference
         if reference is None or not self._complete(reference, positions, full, pbc):
-            reference = self._build(positions, cell, full, pbc)
+            radius = self.cutoff + self.skin
+            reference = list_with_skin(positions, full, pbc, radius, self.device)
+            self._reference, self._offsets = reference, None
+            self.num_builds += 1
         j, i = reference.edge_index
         r = torch.from_numpy(positions).to(j.device)
         vectors = r.index_select(0, j)
@@ -91,7 +112,7 @@ class NeighborCache:
         )
 
     def _complete(
-        self, old: _Reference, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray
+        self, old: Reference, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray
     ) -> bool:
         if len(old.positions) != len(positions) or not np.array_equal(old.pbc, pbc):
             return False
@@ -105,27 +126,8 @@ class NeighborCache:
         moved = np.sqrt(np.einsum("kc,kc->k", d, d).max())
         return bool(reach - 2 * moved > self.cutoff + SLACK)
 
-    def _build(
-        self, positions: np.ndarray, cell: np.ndarray, full: np.ndarray, pbc: np.ndarray
-    ) -> _Reference:
-        radius = self.cutoff + self.skin
-        if self.device.type != "cpu" and len(positions) >= LARGE:
-            index, shifts = neighbor_list_on(self.device, positions, cell, pbc, radius)
-        else:
-            found = neighbor_list(positions, cell, pbc, radius)
-            index, shifts = (torch.from_numpy(x) for x in found)
-        self._reference = _Reference(
-            positions.copy(), np.array(pbc, dtype=bool), full, index, shifts
-        )
-        self._offsets = None
-        self.num_builds += 1
-        return self._reference
-
-    def _cell_offsets(self, reference: _Reference, cell: np.ndarray) -> Tensor:
+    def _cell_offsets(self, reference: Reference, cell: np.ndarray) -> Tensor:
         if self._offsets is None or not np.array_equal(self._offsets[0], cell):
             S = reference.shifts
-            # Written out: a matrix product may round differently for other numbers of edges.
-            a, b, c = torch.from_numpy(cell).to(S.device)
-            offsets = S[:, :1] * a + S[:, 1:2] * b + S[:, 2:] * c
-            self._offsets = (cell.copy(), offsets)
+            self._offsets = (cell.copy(), cell_offsets(S, torch.from_numpy(cell).to(S.device)))
         return self._offsets[1]

@@ -50,6 +50,29 @@ def check_structure(atoms: Atoms, known: np.ndarray) -> None:
         _check_cell(cell.tobytes(), pbc.tobytes(), len(atoms))
 
 
+@np.errstate(over="ignore", invalid="ignore")
+def doubtful(
+    positions: np.ndarray, first: np.ndarray, lattice: np.ndarray, pbc: np.ndarray
+) -> np.ndarray:
+    """(M,) where of many structures ``check_structure`` may find the geometry wrong.
+
+    Parameters
+    ----------
+    positions : (A, 3), those of structure k begin at row ``first[k]``
+    lattice : (M, 3, 3), non-periodic directions of the cell completed
+    pbc : (M, 3)
+    """
+    # Comparisons say no to what is not a number.
+    near = np.minimum.reduceat((np.abs(positions) <= FAR).all(axis=1), first)
+    lengths = np.sqrt(np.einsum("mab,mab->ma", lattice, lattice))
+    volume = np.abs(np.linalg.det(lattice))
+    open_ = lengths.min(axis=1) >= OVERLAP
+    solid = volume * lengths.min(axis=1) > FLAT * lengths.prod(axis=1)  # product of two >= area
+    sizes = np.diff(first, append=len(positions))
+    roomy = (sizes <= CROWDED * volume) | ~pbc.all(axis=1)
+    return ~(near & open_ & solid & roomy)
+
+
 def check_elements(numbers: np.ndarray, known: np.ndarray) -> None:
     """Raise ValueError naming the elements, and the first atom of each, that are not known."""
     if numbers.min() >= 0 and numbers.max() < len(known) and known[numbers].all():

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mlip.calculators import EqCalculator
+from mlip.calculators import EqCalculator, relax_many
 from mlip.compiled import Compiled, Laid
 from mlip.data.graph import AtomicGraph
 from mlip.models import MODELS, build
@@ -240,6 +240,23 @@ def test_many_structures_are_sent_at_once(device: Played) -> None:
         calculator.evaluate([silicon() for _ in range(number)])
         counts.append((sum(device.waits.values()), sum(device.sent.values())))
     assert counts[0] == counts[1]
+
+
+def test_relaxations_in_batches(device: Played) -> None:
+    """Nothing is sent or waited for structure by structure."""
+    settings = {"cell": True, "max_steps": 3, "fmax": 1e-9}
+    here, there = (EqCalculator(facet(), device=place) for place in ("cpu", DEVICE))
+    counts = []
+    for number in (2, 9):
+        device.waits.clear()
+        device.sent.clear()
+        found = relax_many([silicon() for _ in range(number)], there, **settings)
+        counts.append((sum(device.waits.values()), sum(device.sent.values())))
+    assert counts[0] == counts[1]
+    (expected,) = relax_many(silicon(), here, **settings)
+    for result in found:
+        assert abs(result.energy - expected.energy) < 1e-12
+        assert abs(result.atoms.positions - expected.atoms.positions).max() < 1e-12
 
 
 def test_parts_of_the_calculator(device: Played) -> None:

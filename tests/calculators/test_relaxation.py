@@ -15,6 +15,7 @@ from ase.constraints import FixAtoms, FixInternals, Hookean
 from ase.io import read, write
 
 from mlip.calculators import EqCalculator, relax, relax_many
+from mlip.calculators.chunks import BoundedPotential
 from mlip.calculators.relaxation import OPTIMIZERS
 
 
@@ -218,22 +219,26 @@ def test_what_is_no_structure_stops_no_other(toy) -> None:
     assert relax_many([], toy) == []
 
 
-def test_a_failure_of_the_machine_is_that_of_its_structure(toy, monkeypatch) -> None:
+@pytest.mark.parametrize("optimizer", ["FIRE", "LBFGS"])
+def test_a_failure_of_the_machine_is_that_of_its_structure(toy, monkeypatch, optimizer) -> None:
     large = bulk("Cu", cubic=True) * (1, 1, 2)
-    original = EqCalculator.calculate_together
+    original = BoundedPotential.__call__
 
-    def narrow(calculators, structures):
-        if any(len(atoms) == 8 for atoms in structures):
+    def narrow(self, graph, *, stress=False):
+        if (graph.ptr.diff() == 8).any():
             raise RuntimeError("out of memory")
-        return original(calculators, structures)
+        return original(self, graph, stress=stress)
 
-    monkeypatch.setattr(EqCalculator, "calculate_together", narrow)
-    results = relax_many([copper(), large, copper()], toy, fmax=0.05)
+    monkeypatch.setattr(BoundedPotential, "__call__", narrow)
+    results = relax_many([copper(), large, copper()], toy, fmax=0.05, optimizer=optimizer)
     assert [r.error for r in results] == [None, "out of memory", None]
     assert results[0].converged and results[2].converged
 
 
-def test_what_is_finished_keeps_nothing_but_its_result(toy, monkeypatch) -> None:
+@pytest.mark.parametrize(("optimizer", "twins"), [("FIRE", 0), ("LBFGS", 3)])
+def test_what_is_finished_keeps_nothing_but_its_result(
+    toy, monkeypatch, optimizer: str, twins: int
+) -> None:
     """Neighbour lists and matrices of optimizers of thousands of structures would add up."""
     alive = weakref.WeakSet()
     original = EqCalculator.twin
@@ -252,5 +257,6 @@ def test_what_is_finished_keeps_nothing_but_its_result(toy, monkeypatch) -> None
 
     monkeypatch.setattr(EqCalculator, "twin", twin)
     frames = (bulk("Cu", a=a) for a in np.linspace(3.4, 3.6, 8))
-    results = relax_many(frames, toy, max_atoms=2, fmax=0.05, max_steps=2, on_step=count)
-    assert len(results) == 8 and most <= 3
+    settings = {"optimizer": optimizer, "fmax": 0.05, "max_steps": 2, "on_step": count}
+    results = relax_many(frames, toy, max_atoms=2, **settings)
+    assert len(results) == 8 and most <= twins
