@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mlip.compiled import Compiled, Program, compiled, uncompiled
 from mlip.data.graph import AtomicGraph
+from mlip.models.environment import Environment
 from mlip.models.escaip import EScAIP
 from mlip.models.facet import Facet
 from mlip.models.gaunt import Gaunt
@@ -155,8 +156,7 @@ class Splines:
 class Compile:
     """Energy and gradient as one compiled program (``mlip.compiled``).
 
-    For models whose operations depend on the sizes alone; those of MACE depend on how many atoms
-    there are of each element.
+    For models whose operations depend on the sizes alone.
     """
 
     name = "compile"
@@ -185,14 +185,22 @@ def compiled_function(model: Any) -> Program:
 
 def require_program(model: Any, way: str) -> None:
     """BackendError if this model cannot be one program."""
-    if not isinstance(model, EScAIP | Facet | Gaunt | Ponita | TransIP):
+    if not isinstance(model, EScAIP | Environment | Facet | Gaunt | MACE | Ponita | TransIP):
         raise BackendError(
-            f"{way} is for EScAIP, Facet, Gaunt, Ponita and TransIP, not {type(model).__name__}"
+            f"{way} is for EScAIP, Environment, Facet, Gaunt, MACE, Ponita and TransIP, not "
+            f"{type(model).__name__}"
         )
+    if not all(isinstance(m.contraction, SymmetricContraction) for m in mace_layers(model)):
+        raise BackendError(f"{way} is not for what has kernels of a library in it")
     if getattr(model.config, "direct_forces", False):
         raise BackendError(f"{way} is for models whose forces are gradients")
     if getattr(model, "graph_inputs", ()) or getattr(model.config, "field", None) is not None:
         raise BackendError(f"{way} is for models that read no external field")
+
+
+def mace_layers(model: Any) -> list[Layer]:
+    """Those of MACE; none of other models."""
+    return [cast(Layer, layer) for layer in model.layers] if isinstance(model, MACE) else []
 
 
 class CudaGraph:

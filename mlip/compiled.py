@@ -189,6 +189,8 @@ def padded(graph: AtomicGraph, model: Any) -> tuple[Tensor, Tensor, Tensor]:
     One slot and one atom more than there are: sizes 0 and 1 would be compiled anew.
     """
     N, cutoff = len(graph.atomic_numbers), model.config.cutoff
+    if hasattr(model, "require_weights"):  # which a program cannot ask for
+        model.require_weights(graph.atomic_numbers)
     hood = gather_neighborhoods(graph.vectors, graph.edge_index, N, cutoff)
     empty = pole(hood.vectors, cutoff)
     K = hood.vectors.shape[1]
@@ -240,7 +242,28 @@ def traced(model: Any) -> tuple[torch.fx.GraphModule, tuple[Tensor, Tensor, Tens
 
     trace = make_fx(program, tracing_mode="symbolic", _allow_non_fake_inputs=True)
     with torch.no_grad():
-        return trace(*example(model)), example(model)
+        return folded(trace(*example(model))), example(model)
+
+
+def folded(trace: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A trace in which what depends on weights alone is computed, once."""
+    known: dict[torch.fx.Node, Tensor] = {}
+    for node in trace.graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr":
+            known[node] = getattr(trace, node.target)
+        elif inputs and all(x in known for x in inputs) and not node.target._schema.is_mutable:
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            if isinstance(value := node.target(*args, **kwargs), Tensor):
+                known[node] = value
+    for number, (node, value) in enumerate(known.items()):
+        if node.op != "get_attr" and not all(user in known for user in node.users):
+            trace.register_buffer(f"known{number}", value.contiguous())
+            with trace.graph.inserting_before(node):
+                node.replace_all_uses_with(trace.graph.get_attr(f"known{number}"))
+    trace.graph.eliminate_dead_code()
+    trace.recompile()
+    return trace
 
 
 def traced_for_training(model: Any) -> torch.fx.GraphModule:

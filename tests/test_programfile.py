@@ -40,8 +40,8 @@ def potential(seed: int = 0, name: str = "facet") -> Potential:
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {"channels": 4, "lmax": 1, "hidden": 4, "num_basis": 4, "num_layers": 1}
     sizes |= {"message_channels": (2,), "quartic": False}
-    if name == "mace":
-        sizes = {"channels": 4, "elements": (1, 6, 8), "radial_hidden": (8,)}
+    if name != "facet":
+        sizes = {"channels": 4}
     model = build(name, cutoff=4.0, avg_num_neighbors=8.0, **sizes)
     without_zeros(model, 0.3)
     e0 = torch.full((119,), torch.nan)
@@ -295,8 +295,8 @@ def test_what_cannot_be_compiled_says_so_at_once(
         patch.setattr(mlip.programfile, "exported", broken)
         with pytest.raises(BackendError, match=r"compiling failed: RuntimeError: internal error$"):
             write_program(plain, path)
-        with pytest.raises(BackendError, match=r"for EScAIP, .* and TransIP, not MACE"):
-            write_program(potential(name="mace"), path)
+        with pytest.raises(BackendError, match=r"for EScAIP, .* and TransIP, not Ponita"):
+            write_program(potential(name="ponita_published"), path)
     monkeypatch.setattr("mlip.backends.which", lambda _: None)
     with pytest.raises(BackendError, match=r"needs a C\+\+ compiler; install one .* CXX$"):
         write_program(plain, path)

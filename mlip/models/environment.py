@@ -93,7 +93,8 @@ class Environment(nn.Module):
     def forward(self, graph: AtomicGraph) -> NodeOutput:
         c = self.config
         Z = graph.atomic_numbers
-        hood = gather_neighborhoods(graph.vectors, graph.edge_index, len(Z), c.cutoff)
+        N = Z.shape[0]  # unlike len(), a symbol to a compiler
+        hood = gather_neighborhoods(graph.vectors, graph.edge_index, N, c.cutoff)
         r = hood.vectors.norm(dim=-1, keepdim=True)  # (N, K, 1)
         x = r[..., 0] / c.cutoff
         log_fade = log_envelope(x)
@@ -104,8 +105,10 @@ class Environment(nn.Module):
         a = a + sj + self.direction(hood.vectors / r)
         t = self.token(nn.functional.silu(a) * gate)  # (N, K, D)
         h = s + self.density((fade[:, None, :] @ t)[:, 0] * self.scale)  # (N, H)
+        # The fused kernel has no second derivative, and of a program it asks for sizes.
+        fused = not (self.training or graph.vectors.dim() == 3)
         for look in self.rounds:
-            h = look(h, t, log_fade)
+            h = look(h, t, log_fade, fused=fused)
         # An atom without neighbours has energy zero; squared, so that the last one leaves gently.
         count = fade.sum(dim=1).square()
         energy = self.readout(h).squeeze(-1) * (count / (1 + count))
@@ -135,13 +138,13 @@ class Look(nn.Module):
         self.out = nn.Linear(D, H, bias=False)
         self.mlp = mlp(H, 2 * H, H)
 
-    def forward(self, h: Tensor, t: Tensor, log_fade: Tensor) -> Tensor:
+    def forward(self, h: Tensor, t: Tensor, log_fade: Tensor, *, fused: bool) -> Tensor:
         """States (N, H), tokens (N, K, D) and the logarithm of their envelope (N, K)."""
         # A slot before the neighbours, with logit and value zero, keeps the denominator above zero.
         kv = nn.functional.pad(self.key_value(t), (0, 0, 1, 0)).unflatten(-1, (self.heads, -1))
         k, v = kv.transpose(1, 2).chunk(2, dim=-1)  # (N, heads, K + 1, d)
         q = self.query(self.norm(h)).unflatten(-1, (self.heads, 1, -1))  # (N, heads, 1, d)
         bias = nn.functional.pad(log_fade, (1, 0))[:, None]
-        o = attend(q, k, v, bias, fused=not self.training)
+        o = attend(q, k, v, bias, fused=fused)
         h = h + self.out(o.flatten(1))
         return h + self.mlp(h)

@@ -119,12 +119,12 @@ class MACEConfig(Config):
 
 
 class Species(NamedTuple):
-    """Atoms sorted by element."""
+    """Atoms in runs of one element each."""
 
-    order: Tensor | None  # (N,) None: they are sorted
+    order: Tensor | None  # (N,) None: as they are
     element: Tensor  # (N,) place in ``config.elements``
-    present: Tensor  # (M,) the elements that occur
-    sizes: list[int]  # (M,) their numbers of atoms
+    present: Tensor  # (M,) the elements of the runs
+    sizes: list[int] | None  # (M,) their numbers of atoms; None: one each
 
 
 class Edges(NamedTuple):
@@ -147,6 +147,7 @@ class MACE(nn.Module):
         Z = len(elements)
         place = torch.full((119,), -1)
         place[list(elements)] = torch.arange(Z)
+        place[0] = 0  # what fills padded neighbourhoods
         self.register_buffer("place", place, persistent=False)
         self.embed = nn.Parameter(torch.randn(Z, c.channels))
         self.harmonics = SphericalHarmonics(c.max_ell)
@@ -180,32 +181,36 @@ class MACE(nn.Module):
             energy = energy + readout(h[0]).squeeze(-1)
             features.append(h[0])
         if self.config.isolated == "zero":
-            alone = self.isolated_energy(embed.index_select(0, species.present), species)
-            run = torch.searchsorted(species.present, species.element)  # (N,) of each atom
-            energy = energy - alone.index_select(0, run)
+            energy = energy - self.isolated_energy(embed, species)
         out, invariants = energy, torch.cat(features, dim=-1)
         if species.order is not None:
             back = torch.argsort(species.order)
             out, invariants = out.index_select(0, back), invariants.index_select(0, back)
         return NodeOutput(energy=out, features=invariants)
 
-    def isolated_energy(self, h: Tensor, species: Species) -> Tensor:
-        """(M,) energies that the readouts give to an atom of each element without neighbours."""
-        one_each = species._replace(sizes=[1] * len(species.sizes))
-        h, energy = h[None], torch.zeros_like(h[:, 0])
+    def isolated_energy(self, embed: Tensor, species: Species) -> Tensor:
+        """(N,) energies that the readouts give to the atoms without neighbours."""
+        one_each = species._replace(sizes=None)
+        h = embed.index_select(0, species.present)[None]  # (1, M, C)
+        energy = torch.zeros_like(h[0, :, 0])
         for layer, readout in zip(self.layers, self.readouts, strict=True):
             h = cast(Layer, layer).without_neighbors(h, one_each)
             energy = energy + readout(h[0]).squeeze(-1)
-        return energy
+        if species.sizes is None:
+            return energy
+        run = torch.searchsorted(species.present, species.element)  # (N,) of each atom
+        return energy.index_select(0, run)
 
     def sort_by_element(self, atomic_numbers: Tensor) -> Species:
         """Order in which the weights of each element meet a run of atoms."""
         element = self.place.index_select(0, atomic_numbers)
+        if isinstance(atomic_numbers.shape[0], torch.SymInt):
+            # Traced for any number of atoms, of which none can be counted.
+            return Species(None, element, element, None)
         # The host has to know, and a GPU's histogram would make it wait three times.
         counts = np.bincount((element + 1).cpu().numpy(), minlength=len(self.embed) + 1).tolist()
         if counts[0]:
-            odd = sorted(set(atomic_numbers[element < 0].tolist()))
-            raise ValueError(f"the model has no weights for the atomic numbers {odd}")
+            self.require_weights(atomic_numbers)
         present = [k for k, n in enumerate(counts[1:]) if n]
         order = None
         if len(present) > 1:
@@ -214,9 +219,16 @@ class MACE(nn.Module):
         sizes = [counts[k + 1] for k in present]
         return Species(order, element, torch.tensor(present, device=element.device), sizes)
 
+    def require_weights(self, atomic_numbers: Tensor) -> None:
+        """ValueError for an element without weights."""
+        missing = self.place.index_select(0, atomic_numbers) < 0
+        if missing.any():
+            odd = sorted(set(atomic_numbers[missing].tolist()))
+            raise ValueError(f"the model has no weights for the atomic numbers {odd}")
+
     def edges(self, graph: AtomicGraph, order: Tensor | None) -> Edges:
         """Harmonics and radial functions of all neighbourhoods."""
-        c, N = self.config, len(graph.atomic_numbers)
+        c, N = self.config, graph.atomic_numbers.shape[0]  # unlike len(), a symbol when traced
         hood = gather_neighborhoods(graph.vectors, graph.edge_index, N, c.cutoff)
         vectors, neighbors = hood.vectors, hood.neighbors
         if order is not None:
@@ -395,7 +407,10 @@ class SpeciesLinear(nn.Module):
 
     def forward(self, h: Tensor, species: Species) -> Tensor:
         W = self.weight.index_select(0, species.present) * self.scale
-        parts = h[: len(self.degree)].split(species.sizes, dim=1)
+        h = h[: len(self.degree)]
+        if species.sizes is None:  # sums that a compiler makes without a table of the matrices
+            return (h[..., None] * W.index_select(1, self.degree).transpose(0, 1)).sum(dim=2)
+        parts = h.split(species.sizes, dim=1)
         mixed = [
             torch.bmm(part, w.index_select(0, self.degree))
             for part, w in zip(parts, W, strict=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,9 +54,10 @@ class Spline(nn.Module):
             error = interpolation_error(functions, table)
         self.num_functions = table.shape[2]
         self.table = Constant(table)  # (n + 1, 6, F), of t = n x - k on interval k
+        self.rules = Constant(derivatives_of_powers(n, table.shape[1]))
 
     def forward(self, x: Tensor) -> Tensor:
-        values: Tensor = _Piecewise.apply(x.reshape(-1), self.table(), 0)
+        values: Tensor = _Piecewise.apply(x.reshape(-1), self.table(), self.rules(), 0)
         return values.view(*x.shape, self.num_functions)
 
 
@@ -66,21 +68,21 @@ class _Piecewise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor, order: int) -> Tensor:
-        both = evaluate(x, table, order, ctx.needs_input_grad[0])  # (M, 1 or 2, F)
+    def forward(ctx: Any, x: Tensor, table: Tensor, rules: Tensor, order: int) -> Tensor:
+        both = evaluate(x, table, rules, order, ctx.needs_input_grad[0])  # (M, 1 or 2, F)
         ctx.order = order
-        ctx.save_for_backward(x, table, both[:, -1])
+        ctx.save_for_backward(x, table, rules, both[:, -1])
         return both[:, 0]
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None]:
-        x, table, slope = ctx.saved_tensors
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None, None]:
+        x, table, rules, slope = ctx.saved_tensors
         if torch.is_grad_enabled():  # what comes out will be differentiated
-            slope = _Piecewise.apply(x, table, ctx.order + 1)
-        return (above * slope).sum(dim=-1), None, None
+            slope = _Piecewise.apply(x, table, rules, ctx.order + 1)
+        return (above * slope).sum(dim=-1), None, None, None
 
 
-def evaluate(x: Tensor, table: Tensor, order: int, slope: bool) -> Tensor:
+def evaluate(x: Tensor, table: Tensor, rules: Tensor, order: int, slope: bool) -> Tensor:
     """(M,) -> (M, 2, F) derivatives of ``order`` and, if ``slope``, the next."""
     last, D, F = len(table) - 1, table.shape[1], table.shape[2]
     u = x * last
@@ -90,17 +92,22 @@ def evaluate(x: Tensor, table: Tensor, order: int, slope: bool) -> Tensor:
     for _ in range(D - 1):
         powers.append(powers[-1] * t)
     rows = torch.stack(powers, dim=1)  # (M, D)
-    # d/dx t^d = n d t^(d-1), repeated.
-    derivatives = torch.zeros(D, 1 + slope, D, dtype=table.dtype, device=table.device)
-    for number in range(1 + slope):
-        p = order + number
-        for d in range(p, D):
-            factor = float(last) ** p
-            for q in range(p):
-                factor *= d - q
-            derivatives[d - p, number, d] = factor
-    weights = (rows @ derivatives.flatten(1)).view(-1, 1 + slope, D)
+    order = min(order, D)  # from there on all are zero
+    weights = rows @ rules[:, order : order + 1 + slope].flatten(1)
+    weights = weights.view(-1, 1 + slope, D)
     return torch.bmm(weights, table.flatten(1).index_select(0, k.long()).view(-1, D, F))
+
+
+@cache
+def derivatives_of_powers(n: int, D: int) -> Tensor:
+    """(D, D + 2, D) float64: the coefficients of t^0 ... t^(D-1) in all derivatives d/dx of t^d,
+    d/dx t^d = n d t^(d-1); the last two are zero."""
+    rules = torch.zeros(D, D + 2, D, dtype=torch.float64)
+    rules[:, 0] = torch.eye(D, dtype=torch.float64)
+    for order in range(1, D):
+        for d in range(order, D):
+            rules[d - order, order, d] = math.perm(d, order) * float(n) ** order
+    return rules
 
 
 def coefficients(functions: Functions, n: int) -> Tensor:
@@ -142,7 +149,8 @@ def interpolation_error(functions: Functions, table: Tensor) -> float:
     n = len(table) - 1
     x = (torch.arange(1, n, dtype=torch.float64) + 0.4) / n
     f, d, _ = jet(functions, x)
-    values, slopes = evaluate(x, table, 0, slope=True).unbind(1)
+    rules = derivatives_of_powers(n, table.shape[1])
+    values, slopes = evaluate(x, table, rules, 0, slope=True).unbind(1)
     errors = [(a - b).abs().max() / b.abs().max() for a, b in ((values, f), (slopes, d))]
     return float(torch.stack(errors).max())  # NaN if one is
 

@@ -149,12 +149,15 @@ class SymmetricContraction(nn.Module):
     """Densities (LM, N, C) -> equivariant polynomials (LM', N, C), weights by element.
 
     Atoms are sorted by element; ``elements`` (M,) are those present, ``sizes`` their numbers of
-    atoms.
+    atoms.  Without ``sizes`` they are in any order, and ``elements`` (N,) those of the atoms: each
+    row of Y is a sum over pairs, which a compiler makes without a table of the products.
     """
 
     pairs: Tensor  # (2, Q) factors of each product of two components; (1, Q) in degree 2
     places: Tensor  # (D,) where the rows of the parts' outputs stand in (W, LM + 1)
     entries: Tensor  # coefficient of each entry of the parts' matrices
+    row_entries: Tensor  # (W (LM + 1), Q') entry of each product in a row of Y; one more if none
+    row_pairs: Tensor  # (1 or 2, W (LM + 1), Q') its factors
 
     def __init__(
         self,
@@ -229,17 +232,31 @@ class SymmetricContraction(nn.Module):
         self.register_buffer("pairs", pairs, persistent=False)
         self.register_buffer("places", torch.tensor(places), persistent=False)
         self.register_buffer("entries", entries, persistent=False)
+        longest = max(part.last_pair - part.first_pair for part in parts)
+        row_entries = torch.full((self.num_outputs * n, longest), len(entries))
+        row_pairs = torch.zeros(self.degree - 1, *row_entries.shape, dtype=torch.int64)
+        for part in parts:
+            mine = self.places[part.first_output : part.last_output]
+            width = part.last_pair - part.first_pair
+            row_entries[mine, :width] = torch.arange(part.first_entry, part.last_entry).view(
+                -1, width
+            )
+            row_pairs[:, mine, :width] = pairs[:, None, part.first_pair : part.last_pair]
+        self.register_buffer("row_entries", row_entries, persistent=False)
+        self.register_buffer("row_pairs", row_pairs, persistent=False)
 
-    def coefficients(self, elements: Tensor) -> Tensor:
-        """(M, C, entries) the matrices of all parts for the given elements."""
+    def coefficients(self, elements: Tensor | None = None) -> Tensor:
+        """(M, C, entries) the matrices of all parts for the given elements, or for all."""
         rows = []
         for basis, weight in zip(self.bases, self.weights, strict=True):
-            W = weight.index_select(0, elements)  # (M, K, C)
+            W = weight if elements is None else weight.index_select(0, elements)  # (M, K, C)
             rows.append(basis() @ W.transpose(0, 1).flatten(1))  # (t, M C)
         table = torch.cat(rows).index_select(0, self.entries) * self.times()[:, None]
-        return table.T.contiguous().view(len(elements), -1, len(self.entries))
+        return table.T.contiguous().view(len(W), -1, len(self.entries))
 
-    def forward(self, A: Tensor, elements: Tensor, sizes: Sequence[int]) -> Tensor:
+    def forward(self, A: Tensor, elements: Tensor, sizes: Sequence[int] | None) -> Tensor:
+        if sizes is None:
+            return self.of_each(A, elements)
         x = A.permute(2, 0, 1)  # (C, LM, N)
         x = torch.cat([torch.ones_like(x[:, :1]), x], dim=1)  # (C, LM + 1, N)
         P = self.coefficients(elements)
@@ -247,6 +264,23 @@ class SymmetricContraction(nn.Module):
         if P.requires_grad:
             out = out + Weights.apply(P, [x], self, tuple(sizes))
         return cast(Tensor, out).permute(1, 2, 0)
+
+    def of_each(self, A: Tensor, elements: Tensor) -> Tensor:
+        """The same for atoms in any order."""
+        P = nn.functional.pad(self.coefficients().transpose(1, 2), (0, 0, 0, 1))
+        rows = P.index_select(1, self.row_entries.flatten())
+        rows = rows.unflatten(1, self.row_entries.shape)  # (Z, W (LM + 1), Q', C)
+        x = A.transpose(0, 1)  # (N, LM, C)
+        x = torch.cat([torch.ones_like(x[:, :1]), x], dim=1)
+        out: Tensor = FormOfEach.apply(x, elements, self, rows)  # (N, W, C)
+        return out.transpose(0, 1)
+
+    def slopes_of_each(self, x: Tensor, elements: Tensor, rows: Tensor) -> Tensor:
+        """Y (N, W, LM + 1, C)."""
+        q = rows.index_select(0, elements)
+        for factor in self.row_pairs:
+            q = q * x.index_select(1, factor.flatten()).unflatten(1, factor.shape)
+        return q.sum(dim=2).unflatten(1, (self.num_outputs, self.num_components))
 
     def products(self, x: Tensor, part: Part) -> Tensor:
         """(C, LM + 1, N) -> (C, pairs, N) of one part."""
@@ -338,6 +372,25 @@ class Form(torch.autograd.Function):
         x, P, Y = ctx.saved_tensors
         Y = Slopes.apply(x, P, Y, ctx.plan, ctx.sizes)
         return ctx.plan.degree * (g[:, :, None] * Y).sum(dim=1), None, None, None
+
+
+class FormOfEach(torch.autograd.Function):
+    """``Form`` for atoms in any order, in a trace: what is asked for further derivatives are the
+    operations that were traced, coefficients among them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, elements: Tensor, plan: SymmetricContraction, rows: Tensor
+    ) -> Tensor:
+        Y = plan.slopes_of_each(x, elements, rows)
+        ctx.save_for_backward(Y)
+        ctx.degree = plan.degree
+        return (Y * x[:, None]).sum(dim=2)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        (Y,) = ctx.saved_tensors
+        return ctx.degree * (g[:, :, None] * Y).sum(dim=1), None, None, None
 
 
 class Weights(torch.autograd.Function):

@@ -36,6 +36,12 @@ TINY: dict[str, dict[str, Any]] = {
     "transip, plain tokens": {"hidden": 60, "latent": (12, 4), "num_heads": 2, "num_layers": 1},
     "facet, smallest": {"channels": 4, "lmax": 1, "hidden": 4, "message_channels": (2,)}
     | {"num_layers": 1, "num_basis": 3},
+    "mace": {"channels": 3, "elements": (1, 6, 8, 14), "radial_hidden": (5,), "max_ell": 1}
+    | {"num_basis": 4, "readout_hidden": 7, "gate": True},
+    "mace, one layer": {"channels": 3, "radial_hidden": (5,), "max_ell": 2, "num_layers": 1}
+    | {"elements": (1, 6, 8, 14), "correlation": 2, "reduced": True, "first_layer": "species"}
+    | {"isolated": "learned"},
+    "environment": {"hidden": 12, "edge_hidden": 20, "num_rounds": 1},
 }
 CUTOFF = 3.5
 
@@ -121,7 +127,7 @@ def test_what_cannot_be_compiled_says_so_before_the_training(
     configure: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for model, words in (
-        ({"name": "mace", "channels": 4}, "not MACE"),
+        ({"name": "ponita_published", "channels": 4}, "not PonitaPublished"),
         ({"name": "ponita", "random_grid": True}, "turned at random"),
     ):
         with pytest.raises(BackendError, match=rf"{words}.*; set runtime.compile: false"):
