@@ -48,6 +48,9 @@ class BatchedRelaxation:
         self.good = self.now = FireBatch.empty()
         self._arrivals: list[tuple[RelaxResult, FireBatch, dict[str, Tensor]]] = []
 
+    def __len__(self) -> int:
+        return len(self.results) + len(self._arrivals)
+
     def takes(self, atoms: Atoms) -> bool:
         """Whether a structure is moved as it should be."""
         s = self.settings

@@ -19,12 +19,7 @@ from ase.io import read
 
 from mlip.calculators.batched_relaxation import BatchedRelaxation
 from mlip.calculators.eq_calculator import EqCalculator
-from mlip.calculators.relax_result import (
-    OPTIMIZERS,
-    RelaxResult,
-    RelaxSettings,
-    bare,
-)
+from mlip.calculators.relax_result import OPTIMIZERS, RelaxResult, RelaxSettings, bare
 from mlip.calculators.separate_relaxation import Relaxation, SeparateRelaxations
 
 __all__ = ["OPTIMIZERS", "RelaxResult", "as_calculator", "last_frame", "relax", "relax_many"]
@@ -110,7 +105,9 @@ def relax_many(
     """``relax`` for many structures at a time, evaluated in batches.
 
     Structures take the same steps as in ``relax``.  One that is finished makes room for the next,
-    so that batches stay full.
+    so that batches stay full.  FIRE moves all structures of a batch at once; with another
+    optimizer, with ``keep_symmetry`` or with constraints other than ``FixAtoms`` each has an
+    optimizer of ASE of its own.
 
     Parameters
     ----------
@@ -144,13 +141,13 @@ def relax_many(
         results.append(result)
         if atoms is None:
             continue
-        while (atoms_now := batched.num_atoms + separate.num_atoms) and (
-            atoms_now + len(atoms) > max_atoms
+        while (len(batched) or len(separate)) and (
+            batched.num_atoms + separate.num_atoms + len(atoms) > max_atoms
         ):
             batched.advance()
             separate.advance()
         (batched if batched.takes(atoms) else separate).admit(result, atoms)
-    while batched.num_atoms or separate.num_atoms:
+    while len(batched) or len(separate):
         batched.advance()
         separate.advance()
     return results

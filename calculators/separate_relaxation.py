@@ -102,6 +102,9 @@ class SeparateRelaxations:
         self.calculator, self.settings = calculator, settings
         self._active: list[Relaxation] = []
 
+    def __len__(self) -> int:
+        return len(self._active)
+
     @property
     def num_atoms(self) -> int:
         """Of all structures on their way."""

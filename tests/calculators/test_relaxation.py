@@ -210,6 +210,7 @@ def test_what_is_no_structure_stops_no_other(toy) -> None:
     for results in (
         relax(structures, toy, cell=True),
         relax_many(iter(structures), toy, cell=True),
+        relax_many(structures, toy, cell=True, optimizer="LBFGS", max_atoms=1),
     ):
         assert [r.converged for r in results] == [False] * 5 + [True]
         for result, reason in zip(
