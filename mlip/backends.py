@@ -124,6 +124,8 @@ class Splines:
 
     def convert(self, model: Any) -> Any:
         """Copy with tables in place of networks, exact to the model's dtype."""
+        if isinstance(model, Compiled):
+            raise BackendError(f"{self.name} come before what compiles or records them")
         if not isinstance(model, MACE):
             raise BackendError(
                 f"{self.name} are for MACE; the radial functions of {type(model).__name__} are "

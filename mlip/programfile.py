@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlip.backends import BackendError, Compile, accelerated
+from mlip.backends import BACKENDS, BackendError, Compile, accelerated, automatic
 from mlip.checkpoint import checksum
 from mlip.compiled import Compiled, Program, exported
 from mlip.models import name_of
@@ -105,14 +105,16 @@ def write_program(potential: Potential, path: str | os.PathLike[str]) -> None:
     if (obstacle := compiler.obstacle(device)) is not None:
         raise BackendError(f"'{compiler.name}': {obstacle}")
     model = potential.model
-    fast = compiler.convert(model, potential.elements).model
+    fast = model
+    for name in (*automatic(potential), compiler.name):
+        fast = BACKENDS[name].convert(fast, potential.elements)
     with TemporaryDirectory() as folder:
         made = Path(folder) / path.name
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch about itself
                 torch._inductor.aoti_compile_and_package(
-                    exported(fast),
+                    exported(fast.model),
                     package_path=str(made),
                     inductor_configs={"cpp.dynamic_threads": True},  # as many as there are then
                 )

@@ -28,6 +28,7 @@ from mlip.cli import main
 from mlip.data.graph import AtomicGraph
 from mlip.modelcard import describe
 from mlip.models import build
+from mlip.nn.spline import Spline
 from mlip.potential import Potential
 from mlip.programfile import STAMP, ProgramFile, read_stamp, stamp, write_program
 from tests.conftest import without_zeros
@@ -42,6 +43,8 @@ def potential(seed: int = 0, name: str = "facet") -> Potential:
     sizes |= {"message_channels": (2,), "quartic": False}
     if name != "facet":
         sizes = {"channels": 4}
+    if name == "mace":
+        sizes |= {"elements": (1, 6, 8), "radial_hidden": (8,), "max_ell": 1, "correlation": 2}
     model = build(name, cutoff=4.0, avg_num_neighbors=8.0, **sizes)
     without_zeros(model, 0.3)
     e0 = torch.full((119,), torch.nan)
@@ -287,7 +290,10 @@ def test_what_cannot_be_compiled_says_so_at_once(
     with pytest.raises(FileNotFoundError, match="no folder"):
         write_program(plain, tmp_path / "nowhere" / "a.pt2")
 
-    def broken(*_: object, **__: object) -> None:
+    given = []
+
+    def broken(model: object) -> None:
+        given.append(model)
         raise RuntimeError("internal error\nof the compiler")
 
     with monkeypatch.context() as patch:
@@ -295,6 +301,9 @@ def test_what_cannot_be_compiled_says_so_at_once(
         patch.setattr(mlip.programfile, "exported", broken)
         with pytest.raises(BackendError, match=r"compiling failed: RuntimeError: internal error$"):
             write_program(plain, path)
+        with pytest.raises(BackendError, match="compiling failed"):
+            write_program(potential(name="mace"), path)
+        assert isinstance(given[1].basis, Spline)  # type: ignore[attr-defined]
         with pytest.raises(BackendError, match=r"for EScAIP, .* and TransIP, not Ponita"):
             write_program(potential(name="ponita_published"), path)
     monkeypatch.setattr("mlip.backends.which", lambda _: None)

@@ -287,7 +287,7 @@ class RuntimeConfig(Config):
     compile: bool = Field(
         False,
         description="steps as one compiled program, after some minutes up to twice as fast; for "
-        "escaip, facet, gaunt, ponita, transip",
+        "environment, escaip, facet, gaunt, mace, ponita, transip",
     )
 
 

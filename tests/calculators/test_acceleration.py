@@ -23,6 +23,7 @@ from mlip.backends import (
     Compile,
     accelerated,
     automatic,
+    has_program,
     missing_work,
     probe_structures,
 )
@@ -178,6 +179,7 @@ def test_what_pays_is_chosen_and_nothing_is_stored() -> None:
     before = {key: value.clone() for key, value in plain.model.state_dict().items()}
     calc = EqCalculator(plain, accelerate="auto")
     assert type(calc.potentials[0].model.basis).__name__ == "Spline"
+    assert has_program(calc.potentials[0].model)  # for which "auto" compiles later
     assert all(torch.equal(value, before[key]) for key, value in plain.model.state_dict().items())
     assert (
         EqCalculator(plain).potentials[0].model.state_dict().keys()

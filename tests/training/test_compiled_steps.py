@@ -37,10 +37,8 @@ TINY: dict[str, dict[str, Any]] = {
     "facet, smallest": {"channels": 4, "lmax": 1, "hidden": 4, "message_channels": (2,)}
     | {"num_layers": 1, "num_basis": 3},
     "mace": {"channels": 3, "elements": (1, 6, 8, 14), "radial_hidden": (5,), "max_ell": 1}
-    | {"num_basis": 4, "readout_hidden": 7, "gate": True},
-    "mace, one layer": {"channels": 3, "radial_hidden": (5,), "max_ell": 2, "num_layers": 1}
-    | {"elements": (1, 6, 8, 14), "correlation": 2, "reduced": True, "first_layer": "species"}
-    | {"isolated": "learned"},
+    | {"num_basis": 4, "readout_hidden": 7, "gate": True, "reduced": True}
+    | {"first_layer": "species"},
     "environment": {"hidden": 12, "edge_hidden": 20, "num_rounds": 1},
 }
 CUTOFF = 3.5
