@@ -36,7 +36,9 @@ from trainings import HERE, SETS, for_minutes, mlip, runs
 RESULTS = Pieces(HERE / "results" / "learning_curves.json")
 DOCS = HERE.parent / "docs"
 MACE = "mace-torch small"
-SIDES = (MACE, "facet", "facet:small")
+# With the repulsion of nuclei and rates for trainings of more than some minutes, as configs/ have it.
+LONG = ["model.repulsion=zbl", "optimizer.muon_lr=0.0015", "optimizer.lr=0.001"]
+SIDES = (MACE, "facet", "facet:small", "facet+long", "facet:small+long")
 HELD_OUT = 0.1  # of the training set of silicon
 BATCH = {"3BPA": 5, "Si": 2}
 LINE = re.compile(r"^(\S+ \S+) INFO: (?:Initial|Epoch (\d+)):.*RMSE_F=\s*([\d.]+) meV", re.M)
@@ -101,12 +103,14 @@ def train_mace(data: Path, run: Path, dataset: str, minutes: float) -> Curve:
 
 def train_ours(data: Path, run: Path, model: str, dataset: str, minutes: float) -> Curve:
     """The curve of ``mlip train``."""
+    model, _, long = model.partition("+")
     name, _, size = model.partition(":")
     mlip(
         "train", str(HERE / "trainings.yaml"), f"data.train={data / 'train.h5'}",
         f"data.valid={data / 'valid.h5'}", f"run_dir={run}", "resume=auto", "runtime.num_threads=1",
         "logging.progress=false", "logging.plots=false", f"model.name={name}",
         f"model.size={size or 'medium'}", *SETS[dataset], *for_minutes(minutes),
+        *(LONG if long else []),
         "loss.stress=0", log=run / "output.log",
     )  # fmt: skip
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from mlip.backends import PATIENCE, BackendError, check, eventually
 from mlip.calculators.memory import LiveBytes, available_memory
-from mlip.compiled import Compiled
+from mlip.compiled import SameModel
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.nn.buckets import bucket_by_degree
 from mlip.nn.neighborhoods import first_edges
@@ -263,7 +263,8 @@ class BoundedPotential:
         """Without a program: programs refuse to be watched, and give no gradients of some atoms'
         energies, for which ``Compiled`` computes the model once more and takes twice the memory."""
         model = self.potential.model
-        return self.potential.with_model(model.model) if type(model) is Compiled else self.potential
+        given = isinstance(model, SameModel)
+        return self.potential.with_model(model.plain) if given else self.potential
 
     def _may_be_cut(self, graph: AtomicGraph) -> bool:
         """Whether pieces give what the whole gives; asked of a row of atoms, once."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mlip.compiled import Compiled, Program, compiled, uncompiled
 from mlip.data.graph import AtomicGraph
+from mlip.facet_gradient import AnalyticFacet
 from mlip.models.environment import Environment
 from mlip.models.escaip import EScAIP
 from mlip.models.facet import Facet
@@ -67,8 +68,8 @@ class Backend(Protocol):
     def obstacle(self, device: torch.device) -> str | None:
         """Why it cannot be used on this device; None if it can."""
 
-    def convert(self, model: Any) -> Any:
-        """Energy model with the same weights; the given one stays as it is."""
+    def convert(self, model: Any, elements: Sequence[int]) -> Any:
+        """Energy model with the same weights, for some elements; the given one stays as it is."""
 
 
 class CuEquivariance:
@@ -91,7 +92,7 @@ class CuEquivariance:
             return f"its kernels need a GPU, and the potential is on the {device.type}"
         return None
 
-    def convert(self, model: Any) -> Any:
+    def convert(self, model: Any, elements: Sequence[int]) -> Any:
         """Copy with other blocks for the sums over neighbours and the products."""
         from mlip.nn.cuequivariance_blocks import CueContraction, CuePathSums
 
@@ -122,7 +123,7 @@ class Splines:
         """None: it needs nothing."""
         return None
 
-    def convert(self, model: Any) -> Any:
+    def convert(self, model: Any, elements: Sequence[int]) -> Any:
         """Copy with tables in place of networks, exact to the model's dtype."""
         if isinstance(model, Compiled):
             raise BackendError(f"{self.name} come before what compiles or records them")
@@ -155,6 +156,33 @@ class Splines:
         return fast.to(device=device, dtype=dtype)
 
 
+class Analytic:
+    """Energy and gradient of Facet written out (``mlip.facet_gradient``)."""
+
+    name = "analytic"
+
+    def obstacle(self, device: torch.device) -> str | None:
+        """None: it needs nothing."""
+        return None
+
+    def convert(self, model: Any, elements: Sequence[int]) -> Any:
+        """Copy that gives the gradient with the energy."""
+        found = written(model, elements)
+        if not isinstance(found, AnalyticFacet):
+            raise BackendError(
+                f"'{self.name}' is for Facet with grid: poly, without quartic and field, not for "
+                f"{type(model).__name__} with these options"
+            )
+        return copy.deepcopy(found)
+
+
+def written(model: Any, elements: Sequence[int]) -> Any:
+    """The same model with its gradient written out, where it can be."""
+    if isinstance(model, Facet) and AnalyticFacet.writes(model):
+        return AnalyticFacet(model, elements)
+    return model
+
+
 class Compile:
     """Energy and gradient as one compiled program (``mlip.compiled``).
 
@@ -173,10 +201,10 @@ class Compile:
             )
         return None
 
-    def convert(self, model: Any) -> Any:
+    def convert(self, model: Any, elements: Sequence[int]) -> Any:
         """Copy that is compiled when it is first called."""
         require_program(model, self.name)
-        return Compiled(copy.deepcopy(model), compiled_function)
+        return Compiled(written(copy.deepcopy(model), elements), compiled_function)
 
 
 def compiled_function(model: Any) -> Program:
@@ -187,6 +215,8 @@ def compiled_function(model: Any) -> Program:
 
 def require_program(model: Any, way: str) -> None:
     """BackendError if this model cannot be one program."""
+    if isinstance(model, AnalyticFacet):
+        return
     if not isinstance(model, EScAIP | Environment | Facet | Gaunt | MACE | Ponita | TransIP):
         raise BackendError(
             f"{way} is for EScAIP, Environment, Facet, Gaunt, MACE, Ponita and TransIP, not "
@@ -219,12 +249,12 @@ class CudaGraph:
             return None
         return f"it records the kernels of a GPU, and the potential is on the {device.type}"
 
-    def convert(self, model: Any) -> Any:
+    def convert(self, model: Any, elements: Sequence[int]) -> Any:
         """Copy that is recorded at the first call with each size."""
         if isinstance(model, Compiled):
             return Compiled(model.model, partial(recorded, model.ready or compiled))
         require_program(model, self.name)
-        return Compiled(copy.deepcopy(model), partial(recorded, uncompiled))
+        return Compiled(written(copy.deepcopy(model), elements), partial(recorded, uncompiled))
 
 
 def recorded(make: Callable[[Any], Program], model: Any) -> Program:
@@ -233,13 +263,22 @@ def recorded(make: Callable[[Any], Program], model: Any) -> Program:
 
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Splines(), Compile(), CudaGraph(), CuEquivariance())
+    backend.name: backend
+    for backend in (Analytic(), Splines(), Compile(), CudaGraph(), CuEquivariance())
 }
+
+
+def by_default(potential: Potential) -> list[str]:
+    """Names of what computes the same at once, only better arranged."""
+    model = written(potential.model, potential.elements)
+    # Weights that are no numbers cannot be compared; who uses them is told of them.
+    sound = all(bool(p.isfinite().all()) for p in potential.model.parameters())
+    return ["analytic"] if sound and isinstance(model, AnalyticFacet) else []
 
 
 def automatic(potential: Potential) -> list[str]:
     """Names of what makes this potential faster at once, as far as benchmarks say."""
-    return ["splines"] if isinstance(potential.model, MACE) else []
+    return ["splines"] if isinstance(potential.model, MACE) else by_default(potential)
 
 
 def is_auto(wish: str | Sequence[str] | None) -> bool:
@@ -272,14 +311,16 @@ def has_program(model: Any) -> bool:
 
 
 def requested(potential: Potential, wish: str | Sequence[str] | None) -> Potential:
-    """``accelerated`` by the wish of a user: a name, several, ``"auto"``, or None for nothing.
+    """``accelerated`` by the wish of a user: a name, several, ``"plain"`` for nothing, ``"auto"``,
+    or None for ``by_default``.
 
-    What ``"auto"`` chooses and the check refuses is left out with a warning.
+    What the last two choose and the check refuses is left out with a warning.
     """
-    if not is_auto(wish):
-        return accelerated(potential, [wish] if isinstance(wish, str) else list(wish or ()))
+    if wish is not None and not is_auto(wish):
+        names = [wish] if isinstance(wish, str) else list(wish)
+        return accelerated(potential, [] if names == ["plain"] else names)
     try:
-        return accelerated(potential, automatic(potential))
+        return accelerated(potential, (by_default if wish is None else automatic)(potential))
     except BackendError as problem:
         warnings.warn(f"not accelerated: {problem}", stacklevel=3)
         return potential
@@ -315,13 +356,13 @@ def accelerated(
         if isinstance(backend, str):
             if backend not in BACKENDS:
                 raise ValueError(
-                    f"unknown acceleration '{backend}'; there is {', '.join(BACKENDS)}, and auto, "
-                    f"which stands alone"
+                    f"unknown acceleration '{backend}'; there is {', '.join(BACKENDS)}, and plain "
+                    f"and auto, which stand alone"
                 )
             backend = BACKENDS[backend]
         if (obstacle := backend.obstacle(device)) is not None:
             raise BackendError(f"'{backend.name}': {obstacle}")
-        model = backend.convert(model)
+        model = backend.convert(model, potential.elements)
         names.append(backend.name)
     if not names:
         return potential

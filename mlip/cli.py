@@ -26,7 +26,10 @@ app = typer.Typer(
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Accelerate = Annotated[
     list[str] | None,
-    typer.Option(help="compile, splines, cudagraph, cuequivariance or auto; may be repeated."),
+    typer.Option(
+        help="compile, analytic, splines, cudagraph, cuequivariance (may be repeated), auto, or "
+        "plain."
+    ),
 ]
 Program = Annotated[
     str | None, typer.Option(help="File of `mlip compile`: code, give only one that you trust.")

@@ -40,21 +40,17 @@ class Laid(NamedTuple):
     edge_index: Tensor
 
 
-class Compiled(nn.Module):
-    """Energy model that computes what another one does, compiled at its first call.
+class SameModel(nn.Module):
+    """Energy model that computes what another one does, in another way.
 
     Parameters
     ----------
-    model : an energy model that lays out edges with ``gather_neighborhoods`` and reads nothing but
-        elements and vectors; its weights are shared, not trained
-    ready : function of the model that gives its program, where it has been compiled before
+    model : its weights are shared, not trained
     """
 
-    def __init__(self, model: Any, ready: Callable[[Any], Program] | None = None) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.ready = ready
-        self._program: Program | None = None
 
     @property
     def config(self) -> Any:
@@ -82,28 +78,69 @@ class Compiled(nn.Module):
         irreps = getattr(self.model, "latent_irreps", None)
         return None if irreps is None else tuple(irreps)
 
+    @property
+    def plain(self) -> Any:
+        """The model that is computed in another way."""
+        model = self.model
+        return model.plain if isinstance(model, SameModel) else model
+
+    def with_gradient(self, graph: AtomicGraph) -> tuple[NodeOutput, Tensor]:
+        """Energies and features of the atoms, and dE/dv (E, 3) of the sum of the energies."""
+        raise NotImplementedError
+
     def forward(self, graph: AtomicGraph) -> NodeOutput:
-        N = len(graph.atomic_numbers)
-        Z, v, neighbors = padded(graph, self.model)
-        if self._program is None:
-            self._program = (self.ready or compiled)(self.model)
         with torch.no_grad():
-            energy, features, g = self._program(Z, v.detach(), neighbors)
-        energy = _Known.apply(v, energy, g, Z, neighbors, self.model)
-        return NodeOutput(energy[:N], features[:N])
+            node, g = self.with_gradient(graph.replace(vectors=graph.vectors.detach()))
+
+        def again(v: Tensor) -> Tensor:
+            energy: Tensor = self.plain(graph.replace(vectors=v)).energy
+            return energy
+
+        return NodeOutput(KnownGradient.apply(graph.vectors, node.energy, g, again), node.features)
+
+    def forget(self) -> None:
+        """Called when tensors of the model have changed: what was made of them is no longer it."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        program, self._program = self._program, None  # it holds the weights as they were
         before = self._held()
         super()._apply(fn, recurse)
-        if self._held() == before:
-            self._program = program
+        if self._held() != before:
+            self.forget()
         return self
 
     def _held(self) -> list[tuple[int, torch.dtype]]:
         """Where the tensors of the model are, and what."""
         tensors = [*self.parameters(), *self.buffers()]
         return [(x.data_ptr(), x.dtype) for x in tensors]
+
+
+class Compiled(SameModel):
+    """Energy model that computes what another one does, compiled at its first call.
+
+    Parameters
+    ----------
+    model : an energy model that lays out edges with ``gather_neighborhoods`` and reads nothing but
+        elements and vectors; its weights are shared, not trained
+    ready : function of the model that gives its program, where it has been compiled before
+    """
+
+    def __init__(self, model: Any, ready: Callable[[Any], Program] | None = None) -> None:
+        super().__init__(model)
+        self.ready = ready
+        self._program: Program | None = None
+
+    def with_gradient(self, graph: AtomicGraph) -> tuple[NodeOutput, Tensor]:
+        N = len(graph.atomic_numbers)
+        Z, v, neighbors, edges = padded(graph, self.model)
+        if self._program is None:
+            self._program = (self.ready or compiled)(self.model)
+        with torch.no_grad():
+            energy, features, g = self._program(Z, v, neighbors)
+            of_edges = edges_of_slots(g[:N, :-1].reshape(-1, 3), edges, len(graph.vectors))
+        return NodeOutput(energy[:N], features[:N]), of_edges
+
+    def forget(self) -> None:
+        self._program = None  # it holds the weights as they were
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_program": None}
@@ -133,7 +170,7 @@ class CompiledTraining(nn.Module):
 
     def forward(self, graph: AtomicGraph) -> NodeOutput:
         N = len(graph.atomic_numbers)
-        Z, v, neighbors = padded(graph, self.model)
+        Z, v, neighbors, _ = padded(graph, self.model)
         if self._program is None:
             self._program = torch.compile(traced_for_training(self.model), dynamic=True)
         weights = list(self.model.parameters())
@@ -143,28 +180,27 @@ class CompiledTraining(nn.Module):
         return NodeOutput(energy[:N], features[:N])
 
 
-class _Known(torch.autograd.Function):
-    """Energies (N,) whose gradient g (N, K, 3) is known already, if it is asked for with equal
-    weights; ``v`` (N, K, 3) are the vectors of the slots."""
+class KnownGradient(torch.autograd.Function):
+    """Energies (N,) whose gradient g by the vectors v is known already, if it is asked for with
+    equal weights; otherwise, and where it is differentiated again, it is that of ``again(v)``, the
+    energies once more."""
 
     @staticmethod
     def forward(
-        ctx: Any, v: Tensor, energy: Tensor, g: Tensor, Z: Tensor, neighbors: Tensor, model: Any
+        ctx: Any, v: Tensor, energy: Tensor, g: Tensor, again: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        ctx.model = model
-        ctx.save_for_backward(v, g, Z, neighbors)
-        return energy
+        ctx.again = again
+        ctx.save_for_backward(v, g)
+        return energy.view_as(energy)
 
     @staticmethod
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
-        v, g, Z, neighbors = ctx.saved_tensors
-        equal = bool((above[:-1] == above[0]).all())  # the last atom is none
-        if equal and not torch.is_grad_enabled():
-            return above[0] * g, None, None, None, None, None
+        v, g = ctx.saved_tensors
+        if not torch.is_grad_enabled() and bool((above == above[0]).all()):
+            return above[0] * g, None, None, None
         with torch.enable_grad():
-            energy = ctx.model(Laid(Z, v, neighbors)).energy
-            (gradient,) = torch.autograd.grad(energy, v, above, create_graph=True)
-        return gradient, None, None, None, None, None
+            (gradient,) = torch.autograd.grad(ctx.again(v), v, above, create_graph=True)
+        return gradient, None, None, None
 
 
 def compiled(model: Any) -> Program:
@@ -182,9 +218,17 @@ def uncompiled(model: Any) -> Program:
     return program
 
 
-def padded(graph: AtomicGraph, model: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Z (N + 1), vectors (N + 1, K + 1, 3) and neighbours ([2,] N + 1, K + 1) of the neighbourhoods
-    that a model reads.
+class Padded(NamedTuple):
+    """What a program reads, and which edges are in its slots."""
+
+    atomic_numbers: Tensor  # (N + 1,)
+    vectors: Tensor  # (N + 1, K + 1, 3)
+    neighbors: Tensor  # ([2,] N + 1, K + 1)
+    edges: Tensor  # (N K,) in the slots of the atoms that are there; E where empty
+
+
+def padded(graph: AtomicGraph, model: Any) -> Padded:
+    """The neighbourhoods that a model reads.
 
     One slot and one atom more than there are: sizes 0 and 1 would be compiled anew.
     """
@@ -199,11 +243,19 @@ def padded(graph: AtomicGraph, model: Any) -> tuple[Tensor, Tensor, Tensor]:
     neighbors = hood.neighbors.view(N, K)
     if reads_reversed(model):
         neighbors = torch.stack([neighbors, reversed_slots(graph, K)])
-    return (
+    assert hood.edges is not None
+    return Padded(
         nn.functional.pad(graph.atomic_numbers, (0, 1)),
         v,
         nn.functional.pad(neighbors, (0, 1, 0, 1)),
+        hood.edges,
     )
+
+
+def edges_of_slots(x: Tensor, edges: Tensor, number: int) -> Tensor:
+    """Rows of slots (s, 3) as rows of the ``number`` edges in them; ``edges`` (s,), of empty slots
+    ``number``."""
+    return x.new_empty(number + 1, 3).index_copy_(0, edges, x)[:number]
 
 
 def reads_reversed(model: Any) -> bool:
@@ -240,7 +292,8 @@ def traced(model: Any) -> tuple[torch.fx.GraphModule, tuple[Tensor, Tensor, Tens
             (g,) = torch.autograd.grad(out.energy.sum(), v)
         return out.energy.detach(), out.features.detach(), g.detach()
 
-    trace = make_fx(program, tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    given = model.program() if hasattr(model, "program") else program
+    trace = make_fx(given, tracing_mode="symbolic", _allow_non_fake_inputs=True)
     with torch.no_grad():
         return folded(trace(*example(model))), example(model)
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from mlip.compiled import KnownGradient, Program, SameModel
+from mlip.compiled import Program, SameModel, edges_of_slots
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.models.facet import Facet, Layer
 from mlip.nn.buckets import bucketed_neighborhoods
@@ -41,7 +41,7 @@ class AnalyticFacet(SameModel):
 
     Parameters
     ----------
-    model : as of ``FacetGradient``; what is differentiated further comes from itself
+    model : as of ``FacetGradient``
     elements : atomic numbers that will be asked for
     """
 
@@ -58,32 +58,28 @@ class AnalyticFacet(SameModel):
         self.elements = tuple(elements)
         self._gradient: FacetGradient | None = None
 
-    def forward(self, graph: AtomicGraph) -> NodeOutput:
-        vectors, N = graph.vectors, len(graph.atomic_numbers)
-        if vectors.dim() == 3 or len(vectors) == 0:
-            return cast(NodeOutput, self.model(graph))
-        E = len(vectors)
-        with torch.no_grad():
-            if self._gradient is None:
-                self._gradient = FacetGradient(self.model, self.elements)
-            order, hoods = bucketed_neighborhoods(
-                vectors.detach(), graph.edge_index, N, self.config.cutoff
-            )
-            Z = graph.atomic_numbers
-            pieces = [piece for hood in hoods for piece in in_pieces(*hood[:2])]
-            energy, features, parts = self._gradient(
-                Z if order is None else Z.index_select(0, order), pieces
-            )
-            g = vectors.new_empty(E + 1, 3)  # the last row is that of empty slots
-            slots = joined([cast(Tensor, hood.edges) for hood in hoods])
-            g.index_copy_(0, slots, joined([x.reshape(-1, 3) for x in parts]))
-            if order is not None:
-                back = torch.argsort(order)
-                energy, features = energy.index_select(0, back), features.index_select(0, back)
-        known = KnownGradient.apply(
-            vectors, energy, g[:E], lambda v: self.model(graph.replace(vectors=v)).energy
+    def with_gradient(self, graph: AtomicGraph) -> tuple[NodeOutput, Tensor]:
+        Z, E = graph.atomic_numbers, len(graph.vectors)
+        if E == 0:
+            return cast(NodeOutput, self.model(graph)), graph.vectors
+        if self._gradient is None:
+            self._gradient = FacetGradient(self.model, self.elements)
+        order, hoods = bucketed_neighborhoods(
+            graph.vectors, graph.edge_index, len(Z), self.config.cutoff
         )
-        return NodeOutput(known, features)
+        if order is not None:
+            Z = Z.index_select(0, order)
+        pieces = [piece for hood in hoods for piece in in_pieces(*hood[:2])]
+        energy, features, gradients = self._gradient(Z, pieces)
+        g = edges_of_slots(
+            joined([x.reshape(-1, 3) for x in gradients]),
+            joined([cast(Tensor, hood.edges) for hood in hoods]),
+            E,
+        )
+        if order is not None:
+            back = torch.argsort(order)
+            energy, features = energy.index_select(0, back), features.index_select(0, back)
+        return NodeOutput(energy, features), g
 
     def program(self) -> Program:
         """Energies, features and gradient of neighbourhoods that are laid out."""
@@ -132,9 +128,10 @@ class FacetGradient:
                 known = torch.tensor(elements, device=sent.device)
                 paths = weight.unflatten(1, (model.config.num_basis, -1))  # (L + 1, B, S, 2C)
                 weight = torch.einsum("pbsc,zs->pbzc", paths, sent[known]).flatten(1, 2)
-                sent = torch.full_like(sent[:, : len(known)], torch.nan)  # no number for others
-                sent[[0, *elements]] = 0
-                sent[known, torch.arange(len(known), device=sent.device)] = 1
+                Z = torch.arange(len(species), device=sent.device)[:, None]
+                one = (Z == known).to(sent)
+                there = (Z == 0) | one.any(dim=1, keepdim=True)
+                sent = torch.where(there, one, torch.nan)  # no number for other elements
             columns = [sent, species]
             for layer in layers:
                 columns += [1 + layer.species_gate(species), 1 + layer.mlp.gate(species)]
@@ -178,7 +175,7 @@ class FacetGradient:
         by_sent: Sequence[Tensor | None] = by_state
         by_sums: list[list[Sums]] = [[] for _ in hoods]
         for t in reversed(range(len(self.layers))):
-            by_messages = None if t == 0 else rows.new_zeros(len(rows), near[t][0].shape[-1])
+            by_messages = None if t == 0 else rows.new_zeros(rows.shape[0], near[t][0].shape[-1])
             for k, ((basis, _), (_, j)) in enumerate(zip(edges, hoods, strict=True)):
                 by_state[k], sums = pulls[t][k](by_state[k], by_sent[k])
                 by_sums[k].append(sums)
@@ -226,7 +223,7 @@ class EdgeGradient:
 
         def pull(G: Tensor) -> Tensor:
             """(n, LM B, K) -> (n, K, 3)."""
-            G = G.unflatten(1, (len(harmonics), -1))  # (n, LM, B, K)
+            G = G.view(n, len(harmonics), len(radial), K)
             f, f1, y = (
                 x.view(x.shape[0], n, K).transpose(0, 1) for x in (radial, slope, harmonics)
             )
@@ -256,15 +253,23 @@ def by_basis(sums: Sequence[Sums], near: Sequence[Tensor]) -> Tensor:
         for s, g in zip(sums, near, strict=True)
         for pair in zip(s, g.split([x.shape[-1] for x in s], dim=-1), strict=True)
     ]
-    rows = sorted({s.shape[1] for s, _ in pairs}, reverse=True)  # all, and those of low degrees
-    parts = []
-    for size in rows:
-        by_sum, sent = zip(*(pair for pair in pairs if pair[0].shape[1] == size), strict=True)
-        parts.append(torch.cat(by_sum, dim=-1) @ torch.cat(sent, dim=-1).mT)
-    G, *others = parts
-    for part in others:
-        G[:, : part.shape[1]] += part
+    # All rows first; of the others are those of low degrees.
+    (first, sent), *others = sorted(pairs, key=lambda pair: pair[0].shape[1:], reverse=True)
+    G = torch.bmm(first, sent.mT)
+    for by_sum, sent in others:
+        part = G[:, : by_sum.shape[1]]
+        if by_sum.shape[2] == 1:  # a product of a column and a row is no matter for matrices
+            part.addcmul_(by_sum, sent.mT)
+        else:
+            part.baddbmm_(by_sum, sent.mT)
     return G
+
+
+def summed(basis: Tensor, near: Tensor) -> Tensor:
+    """Sum over neighbours: (n, R, K), (n, K, S) -> (n, R, S)."""
+    if near.shape[2] == 1:
+        return (basis * near.mT).sum(2, keepdim=True)
+    return torch.bmm(basis, near)
 
 
 def silu_with_slope(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -361,7 +366,7 @@ class LayerGradient:
             by_b = (by_update @ self.third) * b_slope
             by_a = (by_b @ self.second) * hidden_gate * h_slope
             by_q = self.softened(by_a @ self.first, q, q_norm, (1,))
-            by_pairs = by_q[:, 2 * C :].unflatten(1, (-1, 2 * C)).transpose(0, 1).flatten(1)
+            by_pairs = by_q[:, 2 * C :].reshape(n, -1, 2 * C).transpose(0, 1).flatten(1)
             R = (self.degrees.mT @ by_pairs).view_as(steerable)
             by_U = (R * steerable).sum(2)  # (LM, n, C)
             by_both = R * U[:, :, None]  # (LM, n, 2, C), by U and P themselves
@@ -392,10 +397,10 @@ class LayerGradient:
         LM, B = self.weight.shape[0], self.num_basis
         S = self.weight.shape[1] // B
         n = near.shape[0]
-        T = torch.bmm(basis, near[..., :S]).view(n, LM, B * S)
+        T = summed(basis, near[..., :S]).view(n, LM, B * S)
         A = torch.bmm(T.transpose(0, 1), self.weight)
         if self.couplings:
-            others = torch.bmm(basis[:, : self.rows * B], near[..., S:])  # (n, lm B, m' S)
+            others = summed(basis[:, : self.rows * B], near[..., S:])  # (n, lm B, m' S)
             parts = others.split([m * s for *_, (m, s) in self.couplings], dim=-1)
             for part, (matrix, weight, component, (m, s)) in zip(
                 parts, self.couplings, strict=True
@@ -434,5 +439,6 @@ class LayerGradient:
         of_scalars, *others = above.split(widths, dim=1)
         found = []
         for l, (x, weight) in enumerate(zip(others, self.send[1:], strict=True), start=1):
-            found.append(x.unflatten(1, (2 * l + 1, -1)).transpose(0, 1) @ weight)
+            x = x.reshape(x.shape[0], 2 * l + 1, -1).transpose(0, 1)
+            found.append(x @ weight)
         return of_scalars @ self.send[0], found

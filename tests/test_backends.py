@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -32,7 +33,7 @@ class StandIn:
     def obstacle(self, device: torch.device) -> str | None:
         return self.reason
 
-    def convert(self, model: Any) -> Any:
+    def convert(self, model: Any, elements: Sequence[int]) -> Any:
         model = copy.deepcopy(model)
         if self.damage is not None:
             with torch.no_grad():
@@ -104,7 +105,7 @@ def test_a_wrong_one_is_refused(damage: Any, message: str, dtype: torch.dtype) -
 def test_an_obstacle_is_told() -> None:
     with pytest.raises(BackendError, match="'stand-in': the moon is down"):
         accelerated(mace(), StandIn(obstacle="the moon is down"))
-    with pytest.raises(ValueError, match="there is splines, compile, cudagraph, cuequivariance"):
+    with pytest.raises(ValueError, match="there is analytic, splines, compile, cudagraph"):
         accelerated(mace(), "magic")
 
 
@@ -123,7 +124,7 @@ def test_the_calculator_refuses_it_too() -> None:
 
 def test_it_is_for_mace_only() -> None:
     with pytest.raises(BackendError, match="for MACE, not for Facet"):
-        CuEquivariance().convert(build("facet", channels=4))
+        CuEquivariance().convert(build("facet", channels=4), ())
 
 
 def test_probes_have_the_elements_and_every_kind_of_number() -> None:

@@ -79,7 +79,7 @@ def test_the_same_numbers_for_sizes_that_come_and_go(name: str) -> None:
 def test_results_stay_when_the_program_runs_again() -> None:
     plain = potential("facet")
     program = Recorded(uncompiled(plain.model), 4.0, Tape())
-    inputs = [padded(with_vectors(atoms), plain.model) for atoms in structures()[:2]]
+    inputs = [padded(with_vectors(atoms), plain.model)[:3] for atoms in structures()[:2]]
     for _ in range(2):
         first = program(*inputs[0])
     kept = [x.clone() for x in first]
@@ -166,10 +166,10 @@ def test_nothing_of_the_host_is_in_a_program(name: str) -> None:
 
 def test_the_calculator_can_be_copied_with_it() -> None:
     convert = CudaGraph().convert
-    fast = convert(potential("facet").model)
+    fast = convert(potential("facet").model, (14,))
     again = pickle.loads(pickle.dumps(fast))
     assert again.ready.func is recorded
-    assert isinstance(convert(Compiled(fast.model)), Compiled)
+    assert isinstance(convert(Compiled(fast.model), (14,)), Compiled)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
