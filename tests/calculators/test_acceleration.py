@@ -203,7 +203,7 @@ def test_what_the_check_refuses_is_left_out_with_a_warning(monkeypatch: pytest.M
 
 def test_where_it_does_not_pay_it_is_refused(random_facet: object) -> None:
     plain = Potential(random_facet(), potential("mace").e0).eval()  # type: ignore[operator]
-    assert automatic(plain) == []
+    assert automatic(plain) == ["analytic"]
     EqCalculator(plain, accelerate=["auto"])
     with pytest.raises(BackendError, match=r"splines are for MACE; .* Facet are cheap"):
         EqCalculator(plain, accelerate=["splines"])
