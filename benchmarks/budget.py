@@ -3,15 +3,16 @@
     python benchmarks/budget.py facet:small facet:small+compile facet gaunt escaip --threads 1
     python benchmarks/budget.py --table
 
-For energy, forces and stress of Si 216 in float32 it counts the operations of matrix products and
-the bytes that all operations read and write, and measures the machine: products of 512 x 512
-matrices, and a pass over an array that stays in cache and over one that does not.  The floor is
+For energy, forces and stress of Si 216 in float32 it counts, of the model as calculators run it,
+the operations of matrix products and the bytes that all operations read and write, and measures the
+machine: products of 512 x 512 matrices, and a pass over an array that stays in cache and over one
+that does not.  The floor is
 
     products / rate  +  compulsory bytes / bandwidth of memory,
 
 compulsory: edges in, forces out, features of neighbours gathered in each layer.  That is what a
 program would need that fuses all but the products.  Times are medians.  ``--table`` writes what is
-recorded, for each number of threads, into docs/speed.md.
+recorded, for each number of threads and processor, into docs/speed.md.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from ase.build import bulk
 from pieces import insert
+from speed import cpu_name
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainings import HERE, untrained
 
 from mlip.allocator import tune_allocator
-from mlip.backends import accelerated
+from mlip.backends import accelerated, requested
 from mlip.data.graph import AtomicGraph
 
 RESULTS = HERE / "results" / "budget.json"
@@ -127,7 +129,8 @@ def parts(potential: Any, graph: AtomicGraph) -> dict[str, float]:
 def measured(name: str, graph: AtomicGraph, rates: dict[str, float]) -> dict[str, Any]:
     """Budget and time of a model, ``+compile`` for its program."""
     plain, _, way = name.partition("+")
-    potential = untrained(plain, [14])
+    model = untrained(plain, [14])
+    potential = requested(model, None)  # as calculators have it
     N, E = len(graph.atomic_numbers), graph.edge_index.shape[1]
     with FlopCounterMode(display=False) as flops:
         potential(graph, stress=True)
@@ -137,11 +140,11 @@ def measured(name: str, graph: AtomicGraph, rates: dict[str, float]) -> dict[str
     # and direction, as wide as what a neighbour sends.
     compulsory = 2 * 24 * E + 2 * 4 * sent(potential.model.config) * E
     floor = flops.get_total_flops() / rates["Gflop/s"] + compulsory / rates["memory GB/s"]
-    fast = accelerated(potential, way or [])
+    fast = accelerated(model, way) if way else potential
     time = seconds(lambda: fast(graph, stress=True), 3.0)
     return {
         "Mflop_per_atom": flops.get_total_flops() / N / 1e6,
-        "parts": parts(potential, graph),
+        "parts": parts(model, graph),
         "kB_per_atom": {k: v / N / 1e3 for k, v in traffic.bytes.items()},
         "operations": dict(traffic.calls),
         "floor_ms": floor * 1e-6,
@@ -198,11 +201,12 @@ def main() -> None:
     atoms = bulk("Si", cubic=True) * (3, 3, 3)
     atoms.rattle(0.05, seed=0)
     graph = AtomicGraph.from_atoms(atoms, 5.0)
-    rows = found.get(str(a.threads), {}).get("Si216", {})
+    key = f"{a.threads}, {cpu_name()}"
+    rows = found.get(key, {}).get("Si216", {})
     for name in a.models:
         rows[name] = measured(name, graph, rates)
         print(name, json.dumps(rows[name]), flush=True)
-    found[str(a.threads)] = {"machine": rates, "Si216": rows}
+    found[key] = {"machine": rates, "Si216": rows}
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 

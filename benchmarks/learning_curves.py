@@ -36,7 +36,7 @@ from trainings import HERE, SETS, for_minutes, mlip, runs
 RESULTS = Pieces(HERE / "results" / "learning_curves.json")
 DOCS = HERE.parent / "docs"
 MACE = "mace-torch small"
-# With the repulsion of nuclei and rates for trainings of more than some minutes, as configs/ have it.
+# For few structures with short distances (docs/training.md): the repulsion of nuclei, lower rates.
 LONG = ["model.repulsion=zbl", "optimizer.muon_lr=0.0015", "optimizer.lr=0.001"]
 SIDES = (MACE, "facet", "facet:small", "facet+long", "facet:small+long")
 HELD_OUT = 0.1  # of the training set of silicon
@@ -153,7 +153,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
     sets = list(dict.fromkeys(r["set"] for r in rows))
     fig, axes = plt.subplots(1, len(sets), figsize=(5 * len(sets), 4), squeeze=False)
-    colors = dict(zip(SIDES, ("#d55e00", "#0072b2", "#56b4e9"), strict=True))
+    colors = dict(zip(SIDES, ("#d55e00", "#0072b2", "#56b4e9", "#009e73", "#cc79a7"), strict=True))
     for ax, dataset in zip(axes[0], sets, strict=True):
         mine = sorted((r for r in rows if r["set"] == dataset), key=lambda r: -r["minutes"])
         longest = {side: max(r["minutes"] for r in mine if r["side"] == side) for side in colors

@@ -54,7 +54,7 @@ def options(model: str) -> list[str]:
 
 
 def untrained(model: str, elements: Sequence[int]) -> Potential:
-    """Potential with random weights, float32."""
+    """Potential of these elements with random weights, float32."""
     import torch
 
     from mlip.models import build
@@ -69,7 +69,9 @@ def untrained(model: str, elements: Sequence[int]) -> Potential:
     network = build(config.model.name, **own)
     if config.wrapper is not None:
         network = wrap(network, **config.wrapper.model_dump())
-    return Potential(network, torch.zeros(119)).float().eval()
+    e0 = torch.full((119,), torch.nan)
+    e0[list(elements)] = 0.0
+    return Potential(network, e0).float().eval()
 
 
 def runs() -> Path:

@@ -7,7 +7,7 @@ and weights are those of the model, in the order in which they cost least.
   into the weights once, and neighbours are counted by element: few columns instead of S.
 - What depends on the element of an atom alone is a row of one table.
 - Edges are the last dimension of what has edges: operations run along contiguous memory.
-- The derivatives of all layers by the basis are one product of matrices.
+- The derivatives of all layers by the basis are added up in one tensor, whose own are taken once.
 - Atoms come in pieces, whose edges stay in cache.
 
 A block gives its value and its pullback, which takes the derivative of the energy by the value to
