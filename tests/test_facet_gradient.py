@@ -18,7 +18,9 @@ from mlip.calculators import EqCalculator
 from mlip.data.graph import AtomicGraph
 from mlip.facet_gradient import AnalyticFacet
 from mlip.models import build
+from mlip.nn.cohesion import Cohesion
 from mlip.nn.radial import bessel, bessel_with_slope, polynomial_envelope
+from mlip.nn.zbl import ZBL
 from mlip.potential import Potential
 from tests.conftest import rattled, without_zeros
 
@@ -69,6 +71,22 @@ def test_it_is_the_gradient_of_the_model(
                 torch.testing.assert_close(
                     found[key], value, atol=1e-12 * scale, rtol=0, equal_nan=True
                 )
+
+
+def test_priors_are_added() -> None:
+    one = potential_of("small", (1, 6, 8))
+    cohesion = Cohesion(torch.full((119,), -3.0))
+    plain = Potential(one.model, one.e0, 2.0, ZBL().double(), cohesion).eval()
+    fast = plain.with_model(AnalyticFacet(plain.model, plain.elements))
+    atoms = rattled(molecule("CH3CH2OH"), 0.1)
+    atoms.positions *= 0.7
+    atoms.set_cell(6 * np.eye(3))
+    atoms.pbc = True
+    graph = AtomicGraph.from_atoms(atoms, plain.cutoff)
+    right, found = plain(graph, stress=True), fast(graph, stress=True)
+    for key, value in right.items():
+        scale = float(value.abs().max())
+        torch.testing.assert_close(found[key], value, atol=1e-12 * scale, rtol=0)
 
 
 def test_an_element_that_was_not_asked_for_gives_no_number() -> None:
