@@ -16,6 +16,7 @@ from mlip.calculators.neighbor_cache import (
     Edges,
     Reference,
     cell_offsets,
+    edges_within,
     list_with_skin,
 )
 from mlip.calculators.structure_arrays import Problems, StructureArrays, problems_of
@@ -86,16 +87,8 @@ class BatchedNeighbors:
         if lists.offsets is None or lists.offsets[0] is not cell:
             of_edges = cell.index_select(0, lists.owner)
             lists.offsets = (cell, cell_offsets(lists.shifts, of_edges))
-        j, i = lists.edge_index
-        vectors = positions.index_select(0, j)
-        vectors -= positions.index_select(0, i)
-        vectors += lists.offsets[1]
-        lengths = torch.linalg.vector_norm(vectors, dim=1)
-        kept = (lengths < self.cutoff).nonzero()[:, 0]
-        return Edges(
-            lists.edge_index.index_select(1, kept),
-            lists.shifts.index_select(0, kept),
-            lengths.index_select(0, kept),
+        return edges_within(
+            self.cutoff, positions, lists.edge_index, lists.shifts, lists.offsets[1]
         )
 
     def _complete(

@@ -65,6 +65,26 @@ def cell_offsets(shifts: Tensor, cell: Tensor) -> Tensor:
     return shifts[:, :1] * a + shifts[:, 1:2] * b + shifts[:, 2:] * c
 
 
+def edges_within(
+    cutoff: float, positions: Tensor, edge_index: Tensor, shifts: Tensor, offsets: Tensor
+) -> Edges:
+    """Those of a list (2, E) that are shorter than ``cutoff``, angstrom.
+
+    ``positions`` (N, 3), ``shifts`` (E, 3) in cells and ``offsets`` (E, 3) the same in angstrom.
+    """
+    j, i = edge_index
+    vectors = positions.index_select(0, j)
+    vectors -= positions.index_select(0, i)
+    vectors += offsets
+    lengths = torch.linalg.vector_norm(vectors, dim=1)
+    kept = (lengths < cutoff).nonzero()[:, 0]
+    return Edges(
+        edge_index.index_select(1, kept),
+        shifts.index_select(0, kept),
+        lengths.index_select(0, kept),
+    )
+
+
 class NeighborCache:
     """Edges within ``cutoff`` of a structure that changes little from call to call.
 
@@ -98,18 +118,9 @@ class NeighborCache:
             reference = list_with_skin(positions, full, pbc, radius, self.device)
             self._reference, self._offsets = reference, None
             self.num_builds += 1
-        j, i = reference.edge_index
-        r = torch.from_numpy(positions).to(j.device)
-        vectors = r.index_select(0, j)
-        vectors -= r.index_select(0, i)
-        vectors += self._cell_offsets(reference, full)
-        lengths = torch.linalg.vector_norm(vectors, dim=1)
-        kept = (lengths < self.cutoff).nonzero()[:, 0]
-        return Edges(
-            reference.edge_index.index_select(1, kept),
-            reference.shifts.index_select(0, kept),
-            lengths.index_select(0, kept),
-        )
+        r = torch.from_numpy(positions).to(reference.edge_index.device)
+        offsets = self._cell_offsets(reference, full)
+        return edges_within(self.cutoff, r, reference.edge_index, reference.shifts, offsets)
 
     def _complete(
         self, old: Reference, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray
