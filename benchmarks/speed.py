@@ -75,10 +75,12 @@ Work = dict[str, Any]  # {"system": name} or {"training": set, "batch": structur
 
 
 def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+    """Name and widest vectors of the processor: virtual ones of other speed have the same name."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.processor()])[0]} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def python_of(name: str) -> str:

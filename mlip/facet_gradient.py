@@ -17,10 +17,12 @@ before it is used.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ from mlip.nn.density import Coupling, EdgeBasis
 from mlip.nn.radial import bessel_with_slope
 
 PIECE = 6000  # slots of a piece; fewer cost more in Python than the cache saves
+KEPT = 16  # sets of elements whose weights are kept
 
 Hood = tuple[Tensor, Tensor]  # vectors (n, K, 3) of consecutive atoms, neighbours (n K,)
 
@@ -42,7 +45,7 @@ class AnalyticFacet(SameModel):
     Parameters
     ----------
     model : as of ``FacetGradient``
-    elements : atomic numbers that will be asked for
+    elements : atomic numbers for which its program is made
     """
 
     bucketed = True
@@ -56,34 +59,48 @@ class AnalyticFacet(SameModel):
     def __init__(self, model: Facet, elements: Sequence[int]) -> None:
         super().__init__(model)
         self.elements = tuple(elements)
-        self._gradient: FacetGradient | None = None
+        self._gradients: dict[tuple[int, ...], FacetGradient] = {}  # by elements; (): all
 
     def with_gradient(self, graph: AtomicGraph) -> tuple[NodeOutput, Tensor]:
         Z, E = graph.atomic_numbers, len(graph.vectors)
         if E == 0:
             return cast(NodeOutput, self.model(graph)), graph.vectors
-        if self._gradient is None:
-            self._gradient = FacetGradient(self.model, self.elements)
         order, hoods = bucketed_neighborhoods(
             graph.vectors, graph.edge_index, len(Z), self.config.cutoff
         )
         if order is not None:
             Z = Z.index_select(0, order)
         pieces = [piece for hood in hoods for piece in in_pieces(*hood[:2])]
-        energy, features, gradients = self._gradient(Z, pieces)
+        # What autograd notes of each operation is a fifth of the time of small structures.
+        with torch.inference_mode():
+            energy, features, gradients = self._gradient_of(Z)(Z, pieces)
         g = edges_of_slots(
             joined([x.reshape(-1, 3) for x in gradients]),
             joined([cast(Tensor, hood.edges) for hood in hoods]),
             E,
         )
-        if order is not None:
+        # Copies: what is made in that mode can be no part of what is differentiated later.
+        if order is None:
+            energy, features = energy.clone(), features.clone()
+        else:
             back = torch.argsort(order)
             energy, features = energy.index_select(0, back), features.index_select(0, back)
         return NodeOutput(energy, features), g
 
+    def _gradient_of(self, atomic_numbers: Tensor) -> FacetGradient:
+        """With weights for the elements of these atoms (N,), which are kept."""
+        counts = np.bincount(atomic_numbers.cpu().numpy())
+        elements = tuple(np.flatnonzero(counts).tolist())
+        if (found := self._gradients.get(elements)) is None:
+            if len(self._gradients) > KEPT:
+                self._gradients.clear()
+            every = self._gradients.setdefault((), FacetGradient(self.model))
+            found = self._gradients[elements] = every.folded(elements)
+        return found
+
     def program(self) -> Program:
         """Energies, features and gradient of neighbourhoods that are laid out."""
-        gradient = FacetGradient(self.model, self.elements)
+        gradient = FacetGradient(self.model).folded(self.elements)
 
         def run(Z: Tensor, v: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             energy, features, (g,) = gradient(Z, [(v, neighbors.flatten())])
@@ -92,10 +109,10 @@ class AnalyticFacet(SameModel):
         return run
 
     def forget(self) -> None:
-        self._gradient = None
+        self._gradients = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_gradient": None}
+        return {**self.__dict__, "_gradients": {}}
 
 
 def in_pieces(vectors: Tensor, neighbors: Tensor) -> list[Hood]:
@@ -115,24 +132,13 @@ class FacetGradient:
     Parameters
     ----------
     model : with exact products on the sphere, without quartic invariants and an external field
-    elements : atomic numbers that will be asked for; None: any
     """
 
-    def __init__(self, model: Facet, elements: Sequence[int] | None = None) -> None:
+    def __init__(self, model: Facet) -> None:
         layers = [cast(Layer, layer) for layer in model.layers]
         with torch.no_grad():
             species = model.embed.weight  # (119, C)
-            sent = layers[0].send[0](species)  # (119, S)
-            weight = layers[0].density.weights[0]  # (L + 1, B S, 2C)
-            if elements is not None and len(elements) < sent.shape[1]:
-                known = torch.tensor(elements, device=sent.device)
-                paths = weight.unflatten(1, (model.config.num_basis, -1))  # (L + 1, B, S, 2C)
-                weight = torch.einsum("pbsc,zs->pbzc", paths, sent[known]).flatten(1, 2)
-                Z = torch.arange(len(species), device=sent.device)[:, None]
-                one = (Z == known).to(sent)
-                there = (Z == 0) | one.any(dim=1, keepdim=True)
-                sent = torch.where(there, one, torch.nan)  # no number for other elements
-            columns = [sent, species]
+            columns = [layers[0].send[0](species), species]  # (119, S), (119, C)
             for layer in layers:
                 columns += [1 + layer.species_gate(species), 1 + layer.mlp.gate(species)]
             self.table = torch.cat(columns, dim=1)  # (119, ...)
@@ -140,9 +146,25 @@ class FacetGradient:
             self.edges = EdgeGradient(model.edges)
             senders = [list(layer.send) for layer in layers[1:]]
             self.layers = [
-                LayerGradient(layer, weight if t == 0 else layer.density.weights[0], send)
-                for t, (layer, send) in enumerate(zip(layers, [*senders, []], strict=True))
+                LayerGradient(layer, send)
+                for layer, send in zip(layers, [*senders, []], strict=True)
             ]
+
+    def folded(self, elements: Sequence[int]) -> FacetGradient:
+        """The same with what each of these elements sends multiplied into the weights of the first
+        layer; as it is if they are no fewer than what is sent. Others give no number."""
+        sent, *others = self.table.split(self.widths, dim=1)
+        if len(elements) >= sent.shape[1]:
+            return self
+        other = copy.copy(self)
+        known = torch.tensor(elements, device=sent.device)
+        other.layers = [self.layers[0].folded(sent[known]), *self.layers[1:]]
+        Z = torch.arange(len(sent), device=sent.device)[:, None]
+        one = (Z == known).to(sent)
+        there = (Z == 0) | one.any(dim=1, keepdim=True)
+        other.table = torch.cat([torch.where(there, one, torch.nan), *others], dim=1)
+        other.widths = [len(elements), *self.widths[1:]]
+        return other
 
     def __call__(
         self, atomic_numbers: Tensor, hoods: Sequence[Hood]
@@ -260,8 +282,10 @@ def by_basis(sums: Sequence[Sums], near: Sequence[Tensor]) -> Tensor:
         part = G[:, : by_sum.shape[1]]
         if by_sum.shape[2] == 1:  # a product of a column and a row is no matter for matrices
             part.addcmul_(by_sum, sent.mT)
-        else:
+        elif part.is_contiguous():
             part.baddbmm_(by_sum, sent.mT)
+        else:  # which would be done atom by atom
+            part += torch.bmm(by_sum, sent.mT)
     return G
 
 
@@ -303,14 +327,13 @@ class LayerGradient:
     Parameters
     ----------
     layer : of the model
-    weight : (L + 1, B S, 2C) of the density of scalars
     send : linear maps of each degree that the next layer sends
     """
 
-    def __init__(self, layer: Layer, weight: Tensor, send: Sequence[torch.nn.Module]) -> None:
+    def __init__(self, layer: Layer, send: Sequence[torch.nn.Module]) -> None:
         density, product = layer.density, layer.product
         C, self.num_basis = layer.channels, density.num_basis
-        self.weight = weight.index_select(0, density.degree)  # (LM, B S, 2C)
+        self.weight = density.weights[0].index_select(0, density.degree)  # (LM, B S, 2C)
         couplings = cast(Iterable[Coupling], density.couplings)
         self.rows = density.filter_components
         self.couplings = [
@@ -332,6 +355,13 @@ class LayerGradient:
         self.readout = layer.readout.weight  # (1, C)
         self.send = [cast(Tensor, linear.weight) for linear in send]  # (S, C), (S', 2C), ...
 
+    def folded(self, sent: Tensor) -> LayerGradient:
+        """The same for neighbours that send one of few things (Z, S), and say which: (n, K, Z)."""
+        other = copy.copy(self)
+        paths = self.weight.unflatten(1, (self.num_basis, -1))  # (LM, B, S, 2C)
+        other.weight = torch.einsum("pbsc,zs->pbzc", paths, sent).flatten(1, 2)
+        return other
+
     def __call__(
         self, basis: Tensor, near: Tensor, scalars: Tensor, gate: Tensor, hidden_gate: Tensor
     ) -> Result:
@@ -340,14 +370,15 @@ class LayerGradient:
         A, pull_density = self.density(basis, near)  # (LM, n, 2C)
         norm = torch.rsqrt(1 + A.square().mean(dim=(0, 2)))  # (n,)
         factor = norm[:, None] * gate
-        both = A * factor
-        U = both[..., :C]
+        both = A * factor  # U and what it is multiplied with on the sphere
+        first = both[0].clone()
         values = (self.to_grid @ both.flatten(1)).view(-1, n, 2, C)
         u, v = values.unbind(2)  # (P, n, C)
-        P = (self.from_grid @ (u * v).flatten(1)).view_as(U)
-        steerable = torch.cat([U, P], dim=-1).view(-1, n, 2, C)
+        steerable = both.view(-1, n, 2, C)
+        U, P = steerable.unbind(2)
+        P.copy_((self.from_grid @ (u * v).flatten(1)).view_as(P))  # in the place of the latter
         pairs = self.degrees @ (steerable * U[:, :, None]).flatten(1)  # (L + 1, n 2C)
-        q = torch.cat([both[0], pairs.view(-1, n, 2 * C).transpose(0, 1).flatten(1)], dim=1)
+        q = torch.cat([first, pairs.view(-1, n, 2 * C).transpose(0, 1).flatten(1)], dim=1)
         q_norm = torch.rsqrt(1 + q.square().mean(1, keepdim=True))  # (n, 1)
         a = (q * q_norm) @ self.first.mT
         h, h_slope = silu_with_slope(a)
@@ -375,13 +406,12 @@ class LayerGradient:
             by_U += by_both[:, :, 0]
             by_values = self.from_grid.mT @ by_both[:, :, 1].flatten(1)  # (P, n C)
             by_values = by_values.view_as(u)
-            by_uv = torch.stack([by_values * v, by_values * u], dim=2)
-            by_A = (self.to_grid.mT @ by_uv.flatten(1)).view_as(both)
-            by_A[..., :C] += by_U
+            by_vu = (self.to_grid.mT @ (by_values[:, :, None] * values).flatten(1)).view_as(R)
+            by_A = torch.cat([by_vu[:, :, 1] + by_U, by_vu[:, :, 0]], dim=-1)
             by_A[0] += by_q[:, : 2 * C]
-            # both = A norm gate, where norm depends on A.
-            inner = (both * by_A).sum(dim=(0, 2)) * norm.square() / (both.shape[0] * 2 * C)
-            by_A = torch.addcmul(by_A * factor, A, inner[:, None], value=-1)
+            by_A *= factor  # norm gate, where norm depends on A
+            inner = (A * by_A).sum(dim=(0, 2)) * norm.square() / (A.shape[0] * 2 * C)
+            by_A.addcmul_(A, inner[:, None], value=-1)
             return by_scalars, pull_density(by_A)
 
         return Result(scalars, energy, sent, pull)

@@ -19,6 +19,7 @@ from mlip.data.graph import AtomicGraph
 from mlip.facet_gradient import AnalyticFacet
 from mlip.models import build
 from mlip.nn.cohesion import Cohesion
+from mlip.nn.neighborhoods import gather_neighborhoods
 from mlip.nn.radial import bessel, bessel_with_slope, polynomial_envelope
 from mlip.nn.zbl import ZBL
 from mlip.potential import Potential
@@ -89,13 +90,32 @@ def test_priors_are_added() -> None:
         torch.testing.assert_close(found[key], value, atol=1e-12 * scale, rtol=0)
 
 
-def test_an_element_that_was_not_asked_for_gives_no_number() -> None:
+@torch.no_grad()
+def test_a_program_gives_no_number_for_an_element_that_it_was_not_made_for() -> None:
     plain = potential_of("small", (1, 6))
     graph = AtomicGraph.from_atoms(molecule("CH3OH"), plain.cutoff)
-    energy = AnalyticFacet(plain.model, plain.elements)(
-        graph.replace(vectors=graph.edge_vectors())
-    ).energy
-    assert energy.isnan().any()
+    hood = gather_neighborhoods(graph.edge_vectors(), graph.edge_index, 6, plain.cutoff)
+    neighbors = hood.neighbors.view(hood.vectors.shape[:2])
+    energies = [
+        AnalyticFacet(plain.model, elements).program()(
+            graph.atomic_numbers, hood.vectors, neighbors
+        )[0]
+        for elements in ((1, 6), (1, 6, 8))
+    ]
+    assert energies[0].isnan().any() and energies[1].isfinite().all()
+
+
+def test_weights_of_many_sets_of_elements() -> None:
+    plain = potential_of("small", tuple(range(1, 100)))
+    fast = plain.with_model(AnalyticFacet(plain.model, plain.elements))
+    for z in [*range(1, 40), *range(1, 40)]:
+        atoms = molecule("CH3OH")
+        atoms.numbers[:2] = z, z + 1
+        graph = AtomicGraph.from_atoms(atoms, plain.cutoff)
+        torch.testing.assert_close(
+            fast(graph)["forces"], plain(graph)["forces"], atol=1e-12, rtol=0
+        )
+    assert len(fast.model._gradients) <= facet_gradient.KEPT + 1
 
 
 def test_second_derivatives_are_those_of_the_model() -> None:
