@@ -15,8 +15,8 @@ from mlip.calculators.neighbor_cache import (
     SLACK,
     Edges,
     Reference,
+    Within,
     cell_offsets,
-    edges_within,
     list_with_skin,
 )
 from mlip.calculators.structure_arrays import Problems, StructureArrays, problems_of
@@ -87,9 +87,7 @@ class BatchedNeighbors:
         if lists.offsets is None or lists.offsets[0] is not cell:
             of_edges = cell.index_select(0, lists.owner)
             lists.offsets = (cell, cell_offsets(lists.shifts, of_edges))
-        return edges_within(
-            self.cutoff, positions, lists.edge_index, lists.shifts, lists.offsets[1]
-        )
+        return lists.within.edges(positions, lists.offsets[1])
 
     def _complete(
         self, batch: StructureArrays, positions: np.ndarray, cell: np.ndarray
@@ -110,14 +108,16 @@ class BatchedNeighbors:
 
     def _lists(self) -> _Joined:
         if self._joined is None:
-            self._joined = _Joined(self._references, self.device)
+            self._joined = _Joined(self._references, self.cutoff, self.device)
         return self._joined
 
 
 class _Joined:
     """All lists as one, and the geometries for which they were made."""
 
-    def __init__(self, references: list[Reference | None], device: torch.device) -> None:
+    def __init__(
+        self, references: list[Reference | None], cutoff: float, device: torch.device
+    ) -> None:
         lists = [reference for reference in references if reference is not None]
         assert len(lists) == len(references)
         self.positions = np.concatenate([r.positions for r in lists])  # (A, 3)
@@ -131,8 +131,9 @@ class _Joined:
             ]
         # Sent at once where all are on the processor.
         self.shifts = torch.cat([r.shifts for r in lists]).to(device)  # (E, 3)
-        self.edge_index = torch.cat(
+        edge_index = torch.cat(
             [r.edge_index + n for r, n in zip(lists, first, strict=False)], dim=1
-        ).to(device)  # (2, E)
+        ).to(device)
+        self.within = Within(cutoff, edge_index, self.shifts)
         self.owner = torch.repeat_interleave(numbers).to(device)  # (E,) structure of each edge
         self.offsets: tuple[Tensor, Tensor] | None = None  # cell, (E, 3) shifts @ cell

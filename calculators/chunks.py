@@ -34,6 +34,7 @@ from mlip.compiled import SameModel
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.nn.buckets import bucket_by_degree
 from mlip.nn.neighborhoods import first_edges
+from mlip.nn.remembered import remembered
 from mlip.potential import Potential
 
 SAMPLE = 4000  # slots of the piece on which memory is counted
@@ -59,9 +60,14 @@ class Piece(NamedTuple):
 
 def slots(graph: AtomicGraph) -> int:
     """Atoms times the largest number of neighbours, the atom itself included."""
-    N = len(graph.atomic_numbers)
-    degree = first_edges(graph.edge_index[1], N).diff()
-    return N * (int(degree.max()) + 1) if N else 0
+    return slots_of_edges(graph.edge_index, len(graph.atomic_numbers))
+
+
+@remembered
+def slots_of_edges(edge_index: Tensor, num_nodes: int) -> int:
+    """The same of edges (2, E)."""
+    degree = first_edges(edge_index[1], num_nodes).diff()
+    return num_nodes * (int(degree.max()) + 1) if num_nodes else 0
 
 
 def laid_out(graph: AtomicGraph, model: nn.Module) -> int:

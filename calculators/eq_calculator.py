@@ -23,6 +23,7 @@ import copy
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,7 @@ class EqCalculator(Calculator):
         self._inputs = InfoInputs(self.potentials, info_keys, field)
         cutoffs = {p.cutoff for p in self.potentials}
         self._caches = {c: NeighborCache(c, skin, self.device) for c in cutoffs}
+        self._constants: tuple[tuple[bytes, bytes], dict[str, Any]] | None = None
         self._e0 = [p.e0.cpu().numpy() for p in self.potentials]  # (119,) each
         self._known = np.logical_and.reduce(~np.isnan(self._e0))  # (119,)
         self._lock = threading.RLock()
@@ -391,24 +393,35 @@ class EqCalculator(Calculator):
 
     def _graph(self, atoms: Atoms, cutoff: float) -> AtomicGraph:
         positions = np.asarray(atoms.positions, dtype=np.float64) / self._length_unit
-        cell = np.array(atoms.cell) / self._length_unit
+        cell = atoms.cell.array / self._length_unit
         edges = self._caches[cutoff].edges(positions, cell, atoms.pbc)
         check_distances(atoms, edges.edge_index, edges.lengths * self._length_unit)
-        n = len(atoms)
         graph = AtomicGraph(
-            atomic_numbers=torch.as_tensor(atoms.numbers, dtype=torch.int64),
+            **self._constant_fields(atoms),
             positions=torch.from_numpy(positions),
             cell=torch.from_numpy(cell)[None],
-            pbc=torch.from_numpy(np.array(atoms.pbc))[None],
             edge_index=edges.edge_index,
             cell_shifts=edges.shifts,
-            batch=torch.zeros(n, dtype=torch.int64),
-            ptr=torch.tensor([0, n]),
-            num_nodes=n,
             **self._inputs.tensors(atoms),
         )
         on_gpu = edges.edge_index.device.type != "cpu"  # where lists of large systems are made
         return graph.to(self.device) if on_gpu else graph
+
+    def _constant_fields(self, atoms: Atoms) -> dict[str, Any]:
+        """Of a graph what stays the same while atoms move: the same tensors from step to step."""
+        kind = (atoms.numbers.tobytes(), atoms.pbc.tobytes())
+        last = self._constants
+        if last is None or last[0] != kind:
+            n = len(atoms)
+            fields = {
+                "atomic_numbers": torch.tensor(atoms.numbers, dtype=torch.int64),
+                "pbc": torch.tensor(atoms.pbc)[None],
+                "batch": torch.zeros(n, dtype=torch.int64),
+                "ptr": torch.tensor([0, n]),
+                "num_nodes": n,
+            }
+            last = self._constants = (kind, fields)
+        return last[1]
 
     def _call(
         self, graphs: Mapping[float, Sequence[AtomicGraph]], stress: bool
@@ -460,7 +473,7 @@ class EqCalculator(Calculator):
                     {key: value.cpu() for key, value in output.items() if key != "features"}
                     for output in self._call(graphs, stress)
                 ]
-                ends = np.cumsum([len(frames[k]) for k in sound])
+                ends = list(accumulate(len(frames[k]) for k in sound))
                 for place, k in enumerate(sound):
                     rows = slice(ends[place] - len(frames[k]), ends[place])
                     try:
@@ -499,9 +512,12 @@ class EqCalculator(Calculator):
             members.append(member)
         results: dict[str, Any] = {}
         for key in members[0]:
+            if len(members) == 1:
+                results[key] = members[0][key]
+                continue
             stack = np.array([member[key] for member in members])
-            results[key] = stack[0] if len(members) == 1 else stack.mean(axis=0)
-            if len(members) > 1 and f"{key}_var" in SPREAD:
+            results[key] = stack.mean(axis=0)
+            if f"{key}_var" in SPREAD:
                 results[f"{key}_var"] = stack.var(axis=0)
                 results[f"{key}_comm"] = stack
         results["energy"] = results["free_energy"] = float(results["energy"])

@@ -55,7 +55,7 @@ def list_with_skin(
         index, shifts = neighbor_list_on(device, positions, cell, pbc, radius)
     else:
         index, shifts = (torch.from_numpy(x) for x in neighbor_list(positions, cell, pbc, radius))
-    return Reference(positions.copy(), np.array(pbc, dtype=bool), cell, index, shifts)
+    return Reference(positions.copy(), np.array(pbc, dtype=bool), cell.copy(), index, shifts)
 
 
 def cell_offsets(shifts: Tensor, cell: Tensor) -> Tensor:
@@ -65,24 +65,32 @@ def cell_offsets(shifts: Tensor, cell: Tensor) -> Tensor:
     return shifts[:, :1] * a + shifts[:, 1:2] * b + shifts[:, 2:] * c
 
 
-def edges_within(
-    cutoff: float, positions: Tensor, edge_index: Tensor, shifts: Tensor, offsets: Tensor
-) -> Edges:
-    """Those of a list (2, E) that are shorter than ``cutoff``, angstrom.
+class Within:
+    """Those pairs of a list that are within ``cutoff``, angstrom: the same tensors as long as they
+    are the same pairs, so that what was made of them need not be made again.
 
-    ``positions`` (N, 3), ``shifts`` (E, 3) in cells and ``offsets`` (E, 3) the same in angstrom.
+    Parameters
+    ----------
+    edge_index, shifts : (2, E), (E, 3) the list
     """
-    j, i = edge_index
-    vectors = positions.index_select(0, j)
-    vectors -= positions.index_select(0, i)
-    vectors += offsets
-    lengths = torch.linalg.vector_norm(vectors, dim=1)
-    kept = (lengths < cutoff).nonzero()[:, 0]
-    return Edges(
-        edge_index.index_select(1, kept),
-        shifts.index_select(0, kept),
-        lengths.index_select(0, kept),
-    )
+
+    def __init__(self, cutoff: float, edge_index: Tensor, shifts: Tensor) -> None:
+        self.cutoff, self.edge_index, self.shifts = cutoff, edge_index, shifts
+        self.neighbors, self.centers = edge_index.unbind()
+        self._inside: Tensor | None = None  # (E,) bool
+
+    def edges(self, positions: Tensor, offsets: Tensor) -> Edges:
+        """For positions (N, 3), and shifts in angstrom (E, 3)."""
+        vectors = positions.index_select(0, self.neighbors)
+        vectors -= positions.index_select(0, self.centers)
+        vectors += offsets
+        lengths = torch.linalg.vector_norm(vectors, dim=1)
+        inside = lengths < self.cutoff
+        if self._inside is None or not torch.equal(inside, self._inside):
+            self._inside, self._kept = inside, inside.nonzero()[:, 0]
+            self._index = self.edge_index.index_select(1, self._kept)
+            self._shifts = self.shifts.index_select(0, self._kept)
+        return Edges(self._index, self._shifts, lengths.index_select(0, self._kept))
 
 
 class NeighborCache:
@@ -103,6 +111,7 @@ class NeighborCache:
         self.device = torch.device(device)
         self.num_builds = 0  # how often a list was made
         self._reference: Reference | None = None
+        self._within: Within | None = None
         self._offsets: tuple[np.ndarray, Tensor] | None = None  # cell, shifts @ cell
 
     def anew(self, skin: float | None = None) -> NeighborCache:
@@ -111,16 +120,18 @@ class NeighborCache:
 
     def edges(self, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> Edges:
         """Edges of a structure: positions (N, 3) and cell (3, 3) in angstrom, pbc (3,)."""
-        full = complete_cell(cell * np.asarray(pbc, dtype=bool)[:, None])
-        reference = self._reference
-        if reference is None or not self._complete(reference, positions, full, pbc):
+        pbc = np.asarray(pbc, dtype=bool)
+        full = cell if pbc.all() else complete_cell(cell * pbc[:, None])
+        reference, within = self._reference, self._within
+        complete = reference is not None and self._complete(reference, positions, full, pbc)
+        if reference is None or within is None or not complete:
             radius = self.cutoff + self.skin
             reference = list_with_skin(positions, full, pbc, radius, self.device)
-            self._reference, self._offsets = reference, None
+            within = Within(self.cutoff, reference.edge_index, reference.shifts)
+            self._reference, self._within, self._offsets = reference, within, None
             self.num_builds += 1
         r = torch.from_numpy(positions).to(reference.edge_index.device)
-        offsets = self._cell_offsets(reference, full)
-        return edges_within(self.cutoff, r, reference.edge_index, reference.shifts, offsets)
+        return within.edges(r, self._cell_offsets(reference, full))
 
     def _complete(
         self, old: Reference, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray
@@ -133,7 +144,7 @@ class NeighborCache:
             reach *= np.linalg.svd(F, compute_uv=False)[-1]
             start = start @ F
         d = positions - start
-        d -= d.mean(axis=0)
+        d -= d.sum(axis=0) / len(d)
         moved = np.sqrt(np.einsum("kc,kc->k", d, d).max())
         return bool(reach - 2 * moved > self.cutoff + SLACK)
 

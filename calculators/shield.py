@@ -21,7 +21,10 @@ def shielded(device: torch.device) -> Iterator[None]:
     if orphan:
         torch.set_num_threads(1)
     try:
-        with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device.type):
+            with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+                yield
+        else:  # no time is lost with what changes nothing
             yield
     finally:
         if orphan:

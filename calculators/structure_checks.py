@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from ase import Atoms
@@ -32,22 +32,25 @@ def check_structure(atoms: Atoms, known: np.ndarray) -> None:
     if len(atoms) == 0:
         raise ValueError("the structure has no atoms; there is nothing to evaluate")
     check_elements(atoms.numbers, known)
-    finite = np.isfinite(atoms.positions).all(axis=1)
-    if not finite.all():
-        k = int(np.argmin(finite))
-        raise ValueError(f"position of {_name(atoms, k)} is {atoms.positions[k]}: not finite")
-    far = np.abs(atoms.positions).max(axis=1)
-    if far.max() > FAR:
-        k = int(np.argmax(far))
-        raise ValueError(
-            f"{_name(atoms, k)} is at {atoms.positions[k]}, more than {FAR:g} angstrom away: "
-            f"distances are lost to rounding; move the structure to the origin"
-        )
-    cell, pbc = np.asarray(atoms.cell), atoms.pbc
+    if not np.abs(atoms.positions).max() <= FAR:  # so also if it is no number
+        _refuse_positions(atoms)
+    cell, pbc = atoms.cell.array, atoms.pbc
     if not np.isfinite(cell).all():
         raise ValueError(f"the cell has entries that are not finite: {cell.tolist()}")
     if pbc.any():
         _check_cell(cell.tobytes(), pbc.tobytes(), len(atoms))
+
+
+def _refuse_positions(atoms: Atoms) -> NoReturn:
+    finite = np.isfinite(atoms.positions).all(axis=1)
+    if not finite.all():
+        k = int(np.argmin(finite))
+        raise ValueError(f"position of {_name(atoms, k)} is {atoms.positions[k]}: not finite")
+    k = int(np.argmax(np.abs(atoms.positions).max(axis=1)))
+    raise ValueError(
+        f"{_name(atoms, k)} is at {atoms.positions[k]}, more than {FAR:g} angstrom away: "
+        f"distances are lost to rounding; move the structure to the origin"
+    )
 
 
 @np.errstate(over="ignore", invalid="ignore")

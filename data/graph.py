@@ -173,13 +173,13 @@ class AtomicGraph(Data):
 
     def edge_vectors(self) -> Tensor:
         """(E, 3) vectors from centre to neighbour, differentiable in positions and cell."""
-        j, i = self.edge_index
-        if self.num_structures == 1:
-            shift = self.cell_shifts @ self.cell[0]
+        (j, i), cell, positions = self.edge_index, self.cell, self.positions
+        if len(cell) == 1:
+            shift = self.cell_shifts @ cell[0]
         else:
-            cell = self.cell.index_select(0, self.batch.index_select(0, i))
+            cell = cell.index_select(0, self.batch.index_select(0, i))
             shift = (self.cell_shifts[:, None, :] @ cell)[:, 0]
-        return self.positions.index_select(0, j) - self.positions.index_select(0, i) + shift
+        return positions.index_select(0, j) - positions.index_select(0, i) + shift
 
     def replace(self, **fields: Tensor) -> AtomicGraph:
         """Shallow copy with other fields."""

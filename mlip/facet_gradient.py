@@ -32,6 +32,7 @@ from mlip.models.facet import Facet, Layer
 from mlip.nn.buckets import bucketed_neighborhoods
 from mlip.nn.density import Coupling, EdgeBasis
 from mlip.nn.radial import bessel_with_slope
+from mlip.nn.remembered import remembered
 
 PIECE = 6000  # slots of a piece; fewer cost more in Python than the cache saves
 KEPT = 16  # sets of elements whose weights are kept
@@ -89,8 +90,7 @@ class AnalyticFacet(SameModel):
 
     def _gradient_of(self, atomic_numbers: Tensor) -> FacetGradient:
         """With weights for the elements of these atoms (N,), which are kept."""
-        counts = np.bincount(atomic_numbers.cpu().numpy())
-        elements = tuple(np.flatnonzero(counts).tolist())
+        elements = elements_of(atomic_numbers)
         if (found := self._gradients.get(elements)) is None:
             if len(self._gradients) > KEPT:
                 self._gradients.clear()
@@ -113,6 +113,12 @@ class AnalyticFacet(SameModel):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_gradients": {}}
+
+
+@remembered
+def elements_of(atomic_numbers: Tensor) -> tuple[int, ...]:
+    """Those that are there."""
+    return tuple(np.flatnonzero(np.bincount(atomic_numbers.cpu().numpy())).tolist())
 
 
 def in_pieces(vectors: Tensor, neighbors: Tensor) -> list[Hood]:

@@ -156,7 +156,7 @@ class Potential(nn.Module):
         """``forward`` in evaluation mode of a model that gives the gradient with the energy."""
         vectors = graph.edge_vectors()
         node, g = self.model.with_gradient(graph.replace(vectors=vectors.to(self.dtype)))
-        energy = self.e0[graph.atomic_numbers] + self.scale * node.energy.double()
+        energy = self.e0.index_select(0, graph.atomic_numbers) + self.scale * node.energy.double()
         g = self.scale * g.double()
         for prior in (self.cohesion, self.repulsion):
             if prior is not None:
@@ -172,7 +172,7 @@ class Potential(nn.Module):
         """What each atom has, in eV and float64: energies with the reference, features, and forces
         of models that predict them; ``vectors`` (E, 3) float64."""
         node = self.model(graph.replace(vectors=vectors.to(self.dtype)))
-        energy = self.e0[graph.atomic_numbers] + self.scale * node.energy.double()
+        energy = self.e0.index_select(0, graph.atomic_numbers) + self.scale * node.energy.double()
         for prior in (self.cohesion, self.repulsion):
             if prior is not None:
                 energy = energy + prior(graph.replace(vectors=vectors))
@@ -189,7 +189,7 @@ class Potential(nn.Module):
         stress: bool,
     ) -> dict[str, Tensor]:
         """Sums over atoms and edges, as ``forward`` returns them; g (E, 3) = dE/d vectors."""
-        energy = vectors.new_zeros(graph.num_structures).index_add(0, graph.batch, atoms.energy)
+        energy = vectors.new_zeros(graph.num_structures).index_add_(0, graph.batch, atoms.energy)
         out = {"energy": energy, "node_energy": atoms.energy}
         if atoms.features is not None:
             out["features"] = atoms.features
@@ -197,7 +197,8 @@ class Potential(nn.Module):
             out["forces"] = atoms.forces
         elif g is not None:
             j, i = graph.edge_index
-            out["forces"] = torch.zeros_like(graph.positions).index_add(0, i, g).index_add(0, j, -g)
+            forces = torch.zeros_like(graph.positions).index_add_(0, i, g)
+            out["forces"] = forces.index_add_(0, j, -g)
         if stress and g is not None:
             out["stress"] = self._stress(graph, vectors, g)
         return out

@@ -13,7 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlip.nn.neighborhoods import Neighborhoods, first_edges, gather_neighborhoods, pole
+from mlip.nn.neighborhoods import (
+    Neighborhoods,
+    Slots,
+    first_edges,
+    gather_neighborhoods,
+    in_slots,
+)
+from mlip.nn.remembered import remembered
 
 MAX_BUCKETS = 4
 MAX_PADDING = 0.2  # share of empty slots that is not worth another bucket
@@ -75,19 +82,25 @@ def bucketed_neighborhoods(
     """
     if vectors.dim() == 3 or not num_nodes:
         return None, [gather_neighborhoods(vectors, edge_index, num_nodes, cutoff)]
+    order, slots = slots_in_buckets(edge_index, num_nodes)
+    return order, in_slots(vectors, slots, cutoff)
+
+
+@remembered
+def slots_in_buckets(edge_index: Tensor, num_nodes: int) -> tuple[Tensor | None, list[Slots]]:
+    """Order of the atoms as of ``Buckets``, and slots of edges (2, E) in each bucket without those
+    of the atoms themselves."""
     j, i = edge_index
     order, buckets = bucket_by_degree(i, num_nodes)
     if order is not None:
         j = torch.argsort(order).index_select(0, j)
-    vectors = torch.cat([vectors, pole(vectors, cutoff)])
     j = torch.cat([j, j.new_zeros(1)])
-    hoods = []
+    slots = []
     for bucket in buckets:
         n, K = bucket.edges.shape
         edges = bucket.edges[:, 1:].flatten()
-        v = vectors.index_select(0, edges).view(n, K - 1, 3)
-        hoods.append(Neighborhoods(v, j.index_select(0, edges), edges))
-    return order, hoods
+        slots.append(Slots((n, K - 1), edges, j.index_select(0, edges)))
+    return order, slots
 
 
 def cut_by_degree(histogram: Sequence[int]) -> list[int]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from mlip.nn.remembered import remembered
 
 if TYPE_CHECKING:
     from mlip.data.graph import AtomicGraph
@@ -23,6 +26,14 @@ class Neighborhoods(NamedTuple):
     edges: Tensor | None = None  # (N * K,) edge in each slot, E where empty; None: laid out before
 
 
+class Slots(NamedTuple):
+    """Where edges are laid out: n atoms with K slots each."""
+
+    shape: tuple[int, int]  # n, K
+    edges: Tensor  # (n K,) edge in each slot, E where empty
+    neighbors: Tensor  # (n K,) index of the neighbour, 0 where empty
+
+
 def gather_neighborhoods(
     vectors: Tensor, edge_index: Tensor, num_nodes: int, cutoff: float
 ) -> Neighborhoods:
@@ -32,6 +43,13 @@ def gather_neighborhoods(
     """
     if vectors.dim() == 3:
         return Neighborhoods(vectors, edge_index.flatten())
+    (hood,) = in_slots(vectors, [slots_of_all(edge_index, num_nodes)], cutoff)
+    return hood
+
+
+@remembered
+def slots_of_all(edge_index: Tensor, num_nodes: int) -> Slots:
+    """Slots of edges (2, E) for all atoms alike."""
     j, i = edge_index
     E = len(j)
     first = first_edges(i, num_nodes)
@@ -39,9 +57,16 @@ def gather_neighborhoods(
     slot = torch.arange(E, device=i.device) + i * K - first.index_select(0, i)
     table = torch.full((num_nodes * K,), E, device=i.device)
     table[slot] = torch.arange(E, device=i.device)
-    padded = torch.cat([vectors, pole(vectors, cutoff)]).index_select(0, table)
-    neighbors = torch.cat([j, j.new_zeros(1)]).index_select(0, table)
-    return Neighborhoods(padded.view(num_nodes, K, 3), neighbors, table)
+    return Slots((num_nodes, K), table, torch.cat([j, j.new_zeros(1)]).index_select(0, table))
+
+
+def in_slots(vectors: Tensor, slots: Sequence[Slots], cutoff: float) -> list[Neighborhoods]:
+    """Vectors (E, 3) in their slots."""
+    vectors = torch.cat([vectors, pole(vectors, cutoff)])
+    return [
+        Neighborhoods(vectors.index_select(0, s.edges).view(*s.shape, 3), s.neighbors, s.edges)
+        for s in slots
+    ]
 
 
 def first_edges(centers: Tensor, num_nodes: int) -> Tensor:

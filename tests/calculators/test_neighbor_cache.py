@@ -117,3 +117,16 @@ def test_the_order_does_not_depend_on_when_the_list_was_made() -> None:
 def test_a_skin_that_is_none(skin: float) -> None:
     with pytest.raises(ValueError, match="skin"):
         NeighborCache(5.0, skin)
+
+
+def test_edges_are_the_same_tensors_while_they_are_the_same_pairs() -> None:
+    atoms, cache = silicon(), NeighborCache(4.5, 1.0)
+    edges = cache.edges(atoms.positions, np.array(atoms.cell), atoms.pbc)
+    atoms.positions += 1e-6
+    again = cache.edges(atoms.positions, np.array(atoms.cell), atoms.pbc)
+    assert again.edge_index is edges.edge_index and again.shifts is edges.shifts
+    atoms.positions[0] += 0.2
+    other = cache.edges(atoms.positions, np.array(atoms.cell), atoms.pbc)
+    assert cache.num_builds == 1
+    assert other.edge_index.shape != edges.edge_index.shape
+    assert as_set(other.edge_index.numpy(), other.shifts.numpy()) == fresh(atoms, 4.5)
