@@ -266,11 +266,8 @@ class BoundedPotential:
 
     @property
     def plain(self) -> Potential:
-        """Without a program: programs refuse to be watched, and give no gradients of some atoms'
-        energies, for which ``Compiled`` computes the model once more and takes twice the memory."""
-        model = self.potential.model
-        given = isinstance(model, SameModel)
-        return self.potential.with_model(model.plain) if given else self.potential
+        """``without_program``."""
+        return without_program(self.potential)
 
     def _may_be_cut(self, graph: AtomicGraph) -> bool:
         """Whether pieces give what the whole gives; asked of a row of atoms, once."""
@@ -306,6 +303,13 @@ class BoundedPotential:
         if atoms.forces is not None:  # of the whole structure they have no net force
             self.hops = None
         return MARGIN * live.peak / laid_out(sample.graph, plain.model)
+
+
+def without_program(potential: Potential) -> Potential:
+    """The potential of the plain model: programs refuse to be watched, have no second derivatives,
+    and for gradients of some atoms' energies they compute the model once more."""
+    model = potential.model
+    return potential.with_model(model.plain) if isinstance(model, SameModel) else potential
 
 
 def _tell(atoms: int, parts: int, needed: float, most: float, limit: float) -> None:

@@ -35,7 +35,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from mlip.backends import is_auto
 from mlip.calculators.batching import as_frames, batches
-from mlip.calculators.chunks import BoundedPotential
+from mlip.calculators.chunks import BoundedPotential, without_program
 from mlip.calculators.foreign_options import MODEL_ALIASES, refuse_unknown, take_alias
 from mlip.calculators.hessian import copies_at_once, hessian
 from mlip.calculators.info_inputs import InfoInputs
@@ -152,9 +152,10 @@ class EqCalculator(Calculator):
             self.device = self.potentials[0].e0.device
             self.potentials = quickened(self.potentials, accelerate, program)
             self.potentials = averaged(self.potentials, symmetrize)
+            single = [without_mean(p) for p in self.potentials]
         memory = None if max_memory is None else parse_memory(max_memory)
         wait = is_auto(accelerate)
-        self._bounded = [BoundedPotential(without_mean(p), memory, wait) for p in self.potentials]
+        self._bounded = [BoundedPotential(p, memory, wait) for p in single]
         self.skin = skin
         self._energy_unit, self._length_unit = float(energy_units_to_eV), float(length_units_to_A)
         self.hessian_unit = self._energy_unit / self._length_unit**2
@@ -373,7 +374,7 @@ class EqCalculator(Calculator):
         for potential, bounded in zip(self.potentials, self._bounded, strict=True):
             # In training mode a potential keeps the graph of its forces; its parts stay in
             # evaluation mode.
-            twin = copy.copy(potential)
+            twin = copy.copy(without_program(potential))
             twin.training = True
             graph = graphs[potential.cutoff].to(self.device)
             batch = self._joined([graph] * copies_at_once(potential, bounded, graph))
@@ -439,9 +440,13 @@ class EqCalculator(Calculator):
         return batch if self.device.type == "cpu" else batch.to(self.device)
 
     def checked_graphs(self, atoms: Atoms) -> dict[float, AtomicGraph]:
-        """The structure within each cutoff; ValueError if it is none."""
+        """The structure within each cutoff; ValueError if it is none.
+
+        Of tensors that the calculator keeps for the next step: not to be written to.
+        """
         check_structure(atoms, self._known)
-        return {cutoff: self._graph(atoms, cutoff) for cutoff in self._caches}
+        with shielded(self.device):
+            return {cutoff: self._graph(atoms, cutoff) for cutoff in self._caches}
 
     def _evaluate(self, atoms: Atoms) -> dict[str, Any]:
         (answer,) = self._evaluate_together([atoms], [self])

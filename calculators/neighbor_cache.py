@@ -77,7 +77,7 @@ class Within:
     def __init__(self, cutoff: float, edge_index: Tensor, shifts: Tensor) -> None:
         self.cutoff, self.edge_index, self.shifts = cutoff, edge_index, shifts
         self.neighbors, self.centers = edge_index.unbind()
-        self._inside: Tensor | None = None  # (E,) bool
+        self._last: tuple[Tensor, ...] | None = None
 
     def edges(self, positions: Tensor, offsets: Tensor) -> Edges:
         """For positions (N, 3), and shifts in angstrom (E, 3)."""
@@ -85,12 +85,14 @@ class Within:
         vectors -= positions.index_select(0, self.centers)
         vectors += offsets
         lengths = torch.linalg.vector_norm(vectors, dim=1)
-        inside = lengths < self.cutoff
-        if self._inside is None or not torch.equal(inside, self._inside):
-            self._inside, self._kept = inside, inside.nonzero()[:, 0]
-            self._index = self.edge_index.index_select(1, self._kept)
-            self._shifts = self.shifts.index_select(0, self._kept)
-        return Edges(self._index, self._shifts, lengths.index_select(0, self._kept))
+        inside, last = lengths < self.cutoff, self._last
+        if last is None or not torch.equal(inside, last[0]):
+            kept = inside.nonzero()[:, 0]
+            index, shifts = self.edge_index.index_select(1, kept), self.shifts.index_select(0, kept)
+            # All at once, whatever interrupts.
+            last = self._last = (inside, kept, index, shifts)
+        _, kept, index, shifts = last
+        return Edges(index, shifts, lengths.index_select(0, kept))
 
 
 class NeighborCache:

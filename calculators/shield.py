@@ -24,7 +24,7 @@ def shielded(device: torch.device) -> Iterator[None]:
         if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device.type):
             with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
                 yield
-        else:  # no time is lost with what changes nothing
+        else:  # nothing to undo
             yield
     finally:
         if orphan:

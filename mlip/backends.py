@@ -318,6 +318,8 @@ def requested(potential: Potential, wish: str | Sequence[str] | None) -> Potenti
     """
     if wish is not None and not is_auto(wish):
         names = [wish] if isinstance(wish, str) else list(wish)
+        if len(names) > 1 and (alone := {"plain", "auto"} & set(names)):
+            raise ValueError(f"accelerate = {names}: '{alone.pop()}' stands alone; leave it out")
         return accelerated(potential, [] if names == ["plain"] else names)
     try:
         return accelerated(potential, (by_default if wish is None else automatic)(potential))
@@ -356,8 +358,7 @@ def accelerated(
         if isinstance(backend, str):
             if backend not in BACKENDS:
                 raise ValueError(
-                    f"unknown acceleration '{backend}'; there is {', '.join(BACKENDS)}, and plain "
-                    f"and auto, which stand alone"
+                    f"unknown acceleration '{backend}'; there is {', '.join(BACKENDS)}, plain, auto"
                 )
             backend = BACKENDS[backend]
         if (obstacle := backend.obstacle(device)) is not None:

@@ -4,7 +4,8 @@ What ``mlip.models.facet`` computes, and its derivative by the vectors, for eval
 and weights are those of the model, in the order in which they cost least.
 
 - The first layer's neighbours differ in their element only.  What an element sends is multiplied
-  into the weights once, and neighbours are counted by element: few columns instead of S.
+  into the weights once for each set of elements, and neighbours are counted by element: few columns
+  instead of S.
 - What depends on the element of an atom alone is a row of one table.
 - Edges are the last dimension of what has edges: operations run along contiguous memory.
 - The derivatives of all layers by the basis are added up in one tensor, whose own are taken once.
@@ -12,7 +13,7 @@ and weights are those of the model, in the order in which they cost least.
 
 A block gives its value and its pullback, which takes the derivative of the energy by the value to
 that by what the block was given.  ``mlip.backends`` compares the whole with the model in float64
-before it is used.
+on two structures before it is used.
 """
 
 from __future__ import annotations
@@ -25,18 +26,20 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mlip.compiled import Program, SameModel, edges_of_slots
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.models.facet import Facet, Layer
 from mlip.nn.buckets import bucketed_neighborhoods
 from mlip.nn.density import Coupling, EdgeBasis
-from mlip.nn.radial import bessel_with_slope
+from mlip.nn.radial import BesselWithSlope
 from mlip.nn.remembered import remembered
 
 PIECE = 6000  # slots of a piece; fewer cost more in Python than the cache saves
-KEPT = 16  # sets of elements whose weights are kept
+KEPT = 32  # sets of elements whose weights are kept
 
+silu_backward = torch.ops.aten.silu_backward.default
 Hood = tuple[Tensor, Tensor]  # vectors (n, K, 3) of consecutive atoms, neighbours (n K,)
 
 
@@ -60,7 +63,8 @@ class AnalyticFacet(SameModel):
     def __init__(self, model: Facet, elements: Sequence[int]) -> None:
         super().__init__(model)
         self.elements = tuple(elements)
-        self._gradients: dict[tuple[int, ...], FacetGradient] = {}  # by elements; (): all
+        self._every: FacetGradient | None = None
+        self._gradients: dict[tuple[int, ...], FacetGradient] = {}  # by elements
 
     def with_gradient(self, graph: AtomicGraph) -> tuple[NodeOutput, Tensor]:
         Z, E = graph.atomic_numbers, len(graph.vectors)
@@ -69,12 +73,13 @@ class AnalyticFacet(SameModel):
         order, hoods = bucketed_neighborhoods(
             graph.vectors, graph.edge_index, len(Z), self.config.cutoff
         )
+        gradient = self._gradient_of(Z)
         if order is not None:
             Z = Z.index_select(0, order)
         pieces = [piece for hood in hoods for piece in in_pieces(*hood[:2])]
         # What autograd notes of each operation is a fifth of the time of small structures.
         with torch.inference_mode():
-            energy, features, gradients = self._gradient_of(Z)(Z, pieces)
+            energy, features, gradients = gradient(Z, pieces)
         g = edges_of_slots(
             joined([x.reshape(-1, 3) for x in gradients]),
             joined([cast(Tensor, hood.edges) for hood in hoods]),
@@ -89,13 +94,16 @@ class AnalyticFacet(SameModel):
         return NodeOutput(energy, features), g
 
     def _gradient_of(self, atomic_numbers: Tensor) -> FacetGradient:
-        """With weights for the elements of these atoms (N,), which are kept."""
-        elements = elements_of(atomic_numbers)
+        """With weights for the elements of these atoms (N,), which are kept; on a GPU, lest the host
+        wait for it, for all of the potential."""
+        device = atomic_numbers.device.type
+        elements = elements_of(atomic_numbers) if device == "cpu" else self.elements
         if (found := self._gradients.get(elements)) is None:
-            if len(self._gradients) > KEPT:
-                self._gradients.clear()
-            every = self._gradients.setdefault((), FacetGradient(self.model))
-            found = self._gradients[elements] = every.folded(elements)
+            with torch.autocast(device, enabled=False):
+                every = self._every = self._every or FacetGradient(self.model)
+                found = every.folded(elements)
+            kept = list(self._gradients.items())[1 - KEPT :]  # without the oldest
+            self._gradients = dict([*kept, (elements, found)])
         return found
 
     def program(self) -> Program:
@@ -109,10 +117,10 @@ class AnalyticFacet(SameModel):
         return run
 
     def forget(self) -> None:
-        self._gradients = {}
+        self._every, self._gradients = None, {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_gradients": {}}
+        return {**self.__dict__, "_every": None, "_gradients": {}}
 
 
 @remembered
@@ -133,7 +141,7 @@ def in_pieces(vectors: Tensor, neighbors: Tensor) -> list[Hood]:
 
 
 class FacetGradient:
-    """Energies, features and gradient of a ``Facet``, whose weights are copied.
+    """Energies, features and gradient of a ``Facet`` with the weights that it has now.
 
     Parameters
     ----------
@@ -228,11 +236,11 @@ class EdgeGradient:
     """The tensor Y_lm B_b of the edges of a piece; e numbers its n K edges."""
 
     def __init__(self, edges: EdgeBasis) -> None:
-        self.radial = edges.num_basis, edges.stretch
-        self.cutoff, self.scale = edges.cutoff, edges.scale
+        self.cutoff = edges.cutoff
         self.raising = [raising().mT for raising in edges.harmonics.raising]  # (2l + 3, (2l + 1) 3)
         self.lowering = edges.harmonics.lowering().mT  # (3 L^2, LM)
         self.below = self.lowering.shape[0] // 3
+        self.radial = BesselWithSlope(self.lowering, edges.num_basis, edges.stretch, edges.scale)
 
     def __call__(self, v: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """(n, K, 3) -> (n, LM B, K)."""
@@ -244,8 +252,7 @@ class EdgeGradient:
         for matrix in self.raising:
             Y.append(matrix @ (Y[-1][:, None] * u).flatten(0, 1))
         harmonics = torch.cat(Y)  # (LM, e)
-        radial, slope = bessel_with_slope(r / self.cutoff, *self.radial)  # (B, e)
-        radial = radial * self.scale
+        radial, slope = self.radial(r / self.cutoff)  # (B, e)
         rows = harmonics.shape[0] * radial.shape[0]
         basis = (harmonics[:, None] * radial).view(rows, n, K).transpose(0, 1)
 
@@ -257,7 +264,7 @@ class EdgeGradient:
             )
             by_harmonics = (G * f[:, None]).sum(2)  # (n, LM, K)
             by_length = ((G * y[:, :, None]).sum(1) * f1).sum(1).flatten()  # (e,)
-            by_length = by_length * (self.scale / self.cutoff)
+            by_length = by_length / self.cutoff
             slopes = self.lowering @ by_harmonics.transpose(0, 1).reshape(harmonics.shape)
             by_u = (slopes.view(3, self.below, n * K) * harmonics[: self.below]).sum(1)  # (3, e)
             across = by_u / r
@@ -300,13 +307,6 @@ def summed(basis: Tensor, near: Tensor) -> Tensor:
     if near.shape[2] == 1:
         return (basis * near.mT).sum(2, keepdim=True)
     return torch.bmm(basis, near)
-
-
-def silu_with_slope(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x s(x) and its derivative s + x s (1 - s), with the logistic function s."""
-    s = torch.sigmoid(x)
-    y = x * s
-    return y, torch.addcmul(s + y, y, s, value=-1)
 
 
 class Result(NamedTuple):
@@ -381,15 +381,14 @@ class LayerGradient:
         values = (self.to_grid @ both.flatten(1)).view(-1, n, 2, C)
         u, v = values.unbind(2)  # (P, n, C)
         steerable = both.view(-1, n, 2, C)
-        U, P = steerable.unbind(2)
+        U, P = steerable[:, :, 0], steerable[:, :, 1]
         P.copy_((self.from_grid @ (u * v).flatten(1)).view_as(P))  # in the place of the latter
         pairs = self.degrees @ (steerable * U[:, :, None]).flatten(1)  # (L + 1, n 2C)
         q = torch.cat([first, pairs.view(-1, n, 2 * C).transpose(0, 1).flatten(1)], dim=1)
         q_norm = torch.rsqrt(1 + q.square().mean(1, keepdim=True))  # (n, 1)
         a = (q * q_norm) @ self.first.mT
-        h, h_slope = silu_with_slope(a)
-        b, b_slope = silu_with_slope((h * hidden_gate) @ self.second.mT)
-        update = b @ self.third.mT  # (n, C)
+        b = (functional.silu(a) * hidden_gate) @ self.second.mT
+        update = functional.silu(b) @ self.third.mT  # (n, C)
         scalars = scalars + update
         energy = (update @ self.readout.mT)[:, 0]
         sent = self.sent(scalars, steerable.flatten(2))
@@ -400,8 +399,8 @@ class LayerGradient:
                 by_state, by_steerable = self.pull_sent(by_sent)
                 by_scalars = by_state if by_scalars is None else by_scalars + by_state
             by_update = self.readout if by_scalars is None else by_scalars + self.readout
-            by_b = (by_update @ self.third) * b_slope
-            by_a = (by_b @ self.second) * hidden_gate * h_slope
+            by_b = silu_backward(by_update @ self.third, b)
+            by_a = silu_backward((by_b @ self.second) * hidden_gate, a)
             by_q = self.softened(by_a @ self.first, q, q_norm, (1,))
             by_pairs = by_q[:, 2 * C :].reshape(n, -1, 2 * C).transpose(0, 1).flatten(1)
             R = (self.degrees.mT @ by_pairs).view_as(steerable)

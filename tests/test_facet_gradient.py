@@ -20,7 +20,7 @@ from mlip.facet_gradient import AnalyticFacet
 from mlip.models import build
 from mlip.nn.cohesion import Cohesion
 from mlip.nn.neighborhoods import gather_neighborhoods
-from mlip.nn.radial import bessel, bessel_with_slope, polynomial_envelope
+from mlip.nn.radial import BesselWithSlope, bessel, polynomial_envelope
 from mlip.nn.zbl import ZBL
 from mlip.potential import Potential
 from tests.conftest import rattled, without_zeros
@@ -90,7 +90,6 @@ def test_priors_are_added() -> None:
         torch.testing.assert_close(found[key], value, atol=1e-12 * scale, rtol=0)
 
 
-@torch.no_grad()
 def test_a_program_gives_no_number_for_an_element_that_it_was_not_made_for() -> None:
     plain = potential_of("small", (1, 6))
     graph = AtomicGraph.from_atoms(molecule("CH3OH"), plain.cutoff)
@@ -115,7 +114,7 @@ def test_weights_of_many_sets_of_elements() -> None:
         torch.testing.assert_close(
             fast(graph)["forces"], plain(graph)["forces"], atol=1e-12, rtol=0
         )
-    assert len(fast.model._gradients) <= facet_gradient.KEPT + 1
+    assert len(fast.model._gradients) == facet_gradient.KEPT
 
 
 def test_second_derivatives_are_those_of_the_model() -> None:
@@ -123,7 +122,7 @@ def test_second_derivatives_are_those_of_the_model() -> None:
     atoms = rattled(molecule("CH3OH"), 0.1)
     hessians = [
         EqCalculator(plain, accelerate=way).get_hessian(atoms, method="autograd")
-        for way in (None, "analytic")
+        for way in ("plain", "analytic")
     ]
     np.testing.assert_allclose(hessians[1], hessians[0], atol=1e-11)
 
@@ -152,7 +151,7 @@ def test_other_variants_are_refused(options: dict[str, Any]) -> None:
 def test_radial_functions_and_slopes(stretch: float) -> None:
     x = torch.linspace(0.05, 1.2, 60, dtype=torch.float64).requires_grad_()
     right = bessel(x, 6, stretch) * polynomial_envelope(x)[:, None]
-    found, slope = bessel_with_slope(x.detach(), 6, stretch)
+    found, slope = BesselWithSlope(x, 6, stretch)(x.detach())
     torch.testing.assert_close(found.T, right.detach(), atol=1e-13, rtol=0)
     for n in range(6):
         (g,) = torch.autograd.grad(right[:, n].sum(), x, retain_graph=True)

@@ -35,23 +35,34 @@ def polynomial_envelope(x: Tensor, p: int = 6) -> Tensor:
     return 1 - x**p * (c1 - x * (c2 - c3 * x))
 
 
-def bessel_with_slope(x: Tensor, num_basis: int, stretch: float = 0.0) -> tuple[Tensor, Tensor]:
+class BesselWithSlope:
     """``bessel`` times ``polynomial_envelope`` and the derivative by ``x``: (e,) -> (num_basis, e).
 
-    With t = (1 + a) x / (1 + a x) and the envelope f they are w sin(n pi t), w = (2 / (1 + a))^1/2
-    t f / x^2.
+    With q = 1 + a x, t = (1 + a) x / q and the envelope f they are
+
+        w sin(n pi t),    w = c f / (x q),    c = (2 (1 + a))^1/2.
+
+    Parameters
+    ----------
+    like : tensor of the dtype and device wanted
+    num_basis, stretch : as of ``bessel``
+    scale : a factor
     """
-    a = stretch
-    n = math.pi * torch.arange(1, num_basis + 1, dtype=x.dtype, device=x.device)[:, None]
-    y = x.clamp(max=1)
-    y5, c = y.square().square() * y, math.sqrt(2 * (1 + a))
-    envelope = (1 - y5 * y * (28 - y * (48 - 21 * y))) * c
-    fall = y5 * (1 - y).square() * (-168 * c)
-    p = 1 / (x + a * x.square())  # t / ((1 + a) x^2)
-    px = p * x
-    w = p * envelope
-    slope = p * fall - w * p * (1 + 2 * a * x)
-    t, dt = (1 + a) * (px * x), (1 + a) * px.square()
-    angle = n * t
-    sine = torch.sin(angle)
-    return w * sine, slope * sine + (w * dt) * (n * torch.cos(angle))
+
+    def __init__(self, like: Tensor, num_basis: int, stretch: float = 0.0, scale: float = 1.0):
+        self.stretch, self.c = stretch, scale * math.sqrt(2 * (1 + stretch))
+        n = torch.arange(1, num_basis + 1, dtype=torch.float64, device=like.device)
+        self.n = (math.pi * (1 + stretch) * n).to(like.dtype)[:, None]
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.clamp(max=1)
+        y5 = y.square().square() * y
+        envelope = (1 - y5 * y * (28 - y * (48 - 21 * y))) * self.c
+        fall = y5 * (1 - y).square() * (-168 * self.c)  # its derivative
+        q = 1 + self.stretch * x
+        p, rise = (x * q).reciprocal(), q.reciprocal().square()  # rise = t' / (1 + a)
+        w = p * envelope
+        slope = torch.addcmul(fall, w, 2 * q - 1, value=-1) * p
+        angle = self.n * (p * x.square())
+        sine, cosine = torch.sin(angle), torch.cos(angle)
+        return w * sine, torch.addcmul(slope * sine, w * rise, self.n * cosine)

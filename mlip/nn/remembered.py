@@ -24,7 +24,10 @@ def remembered(
     function: Callable[Concatenate[Tensor, P], T],
 ) -> Callable[Concatenate[Tensor, P], T]:
     """Decorator of a function of a tensor, and of numbers, that gives its last result once more
-    while it is called with the same tensor, unchanged."""
+    while it is called with the same tensor, unchanged.
+
+    Changes that torch does not count, through NumPy or ``.data``, are not seen.
+    """
     last: _Last | None = None
 
     @wraps(function)

@@ -325,6 +325,12 @@ def test_the_compiler_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
             assert_close(model(graph)["forces"], plain(graph)["forces"], atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("alone", ["plain", "auto"])
+def test_what_stands_alone(alone: str) -> None:
+    with pytest.raises(ValueError, match=f"'{alone}' stands alone"):
+        EqCalculator(potential("facet"), accelerate=[alone, "trace"])
+
+
 def test_descriptors_of_a_compiled_model_are_invariants() -> None:
     graph = AtomicGraph.from_atoms(molecule("H2O"), 4.0)
     invariants = [

@@ -325,6 +325,12 @@ def test_contexts_of_the_caller_change_nothing(potential, context) -> None:
         np.testing.assert_array_equal(inside.get_forces(atoms), expected)
         np.testing.assert_array_equal(outside.get_forces(atoms.copy()), expected)
         np.testing.assert_array_equal(inside.get_hessian(atoms[:2]), hessian)
+        with pytest.warns(UserWarning, match="symmetrize"):
+            mean = EqCalculator(potential, accelerate="plain", symmetrize="octahedral")
+        np.testing.assert_allclose(mean.get_forces(atoms), expected, atol=1e-5)
+        kept = EqCalculator(potential, accelerate="plain")
+        kept.checked_graphs(atoms)
+    np.testing.assert_allclose(kept.get_forces(atoms), expected, atol=1e-5)
     atoms.rattle(0.01, seed=1)
     np.testing.assert_array_equal(inside.get_forces(atoms), outside.get_forces(atoms))
 

@@ -130,3 +130,17 @@ def test_edges_are_the_same_tensors_while_they_are_the_same_pairs() -> None:
     assert cache.num_builds == 1
     found = as_set(other.edge_index.numpy(), other.shifts.numpy())
     assert found == fresh(atoms, 4.5) != as_set(edges.edge_index.numpy(), edges.shifts.numpy())
+
+
+def test_an_interruption_leaves_no_old_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    atoms, cache = silicon(), NeighborCache(4.5, 1.0)
+    edges_of(cache, atoms)
+    atoms.positions[0] += 0.2
+    within = cache._within
+    assert within is not None
+    whole = within.shifts
+    monkeypatch.setattr(within, "shifts", None)  # fails in the middle
+    with pytest.raises(AttributeError):
+        edges_of(cache, atoms)
+    monkeypatch.setattr(within, "shifts", whole)
+    assert edges_of(cache, atoms) == fresh(atoms, 4.5)
