@@ -94,8 +94,8 @@ class AnalyticFacet(SameModel):
         return NodeOutput(energy, features), g
 
     def _gradient_of(self, atomic_numbers: Tensor) -> FacetGradient:
-        """With weights for the elements of these atoms (N,), which are kept; on a GPU, lest the host
-        wait for it, for all of the potential."""
+        """With weights for the elements of these atoms (N,), which are kept; on a GPU for all that
+        the potential knows, lest the host wait for it."""
         device = atomic_numbers.device.type
         elements = elements_of(atomic_numbers) if device == "cpu" else self.elements
         if (found := self._gradients.get(elements)) is None:
@@ -216,7 +216,7 @@ class FacetGradient:
                 by_state[k], sums = pulls[t][k](by_state[k], by_sent[k])
                 by_sums[k].append(sums)
                 if by_messages is not None:
-                    by_near = [basis[:, : x.shape[1]].mT @ x for x in sums]
+                    by_near = [torch.bmm(basis[:, : x.shape[1]].mT, x) for x in sums]
                     by_messages.index_add_(0, j, torch.cat(by_near, dim=-1).flatten(0, 1))
             if by_messages is not None:
                 by_sent = by_messages.split(sizes)
