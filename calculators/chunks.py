@@ -33,8 +33,7 @@ from mlip.calculators.memory import LiveBytes, available_memory
 from mlip.compiled import SameModel
 from mlip.data.graph import AtomicGraph, NodeOutput
 from mlip.nn.buckets import bucket_by_degree
-from mlip.nn.neighborhoods import first_edges
-from mlip.nn.remembered import remembered
+from mlip.nn.neighborhoods import most_neighbors
 from mlip.potential import Potential
 
 SAMPLE = 4000  # slots of the piece on which memory is counted
@@ -60,14 +59,8 @@ class Piece(NamedTuple):
 
 def slots(graph: AtomicGraph) -> int:
     """Atoms times the largest number of neighbours, the atom itself included."""
-    return slots_of_edges(graph.edge_index, len(graph.atomic_numbers))
-
-
-@remembered
-def slots_of_edges(edge_index: Tensor, num_nodes: int) -> int:
-    """The same of edges (2, E)."""
-    degree = first_edges(edge_index[1], num_nodes).diff()
-    return num_nodes * (int(degree.max()) + 1) if num_nodes else 0
+    N = len(graph.atomic_numbers)
+    return N * (most_neighbors(graph.edge_index, N) + 1)
 
 
 def laid_out(graph: AtomicGraph, model: nn.Module) -> int:

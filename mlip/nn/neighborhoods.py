@@ -53,11 +53,17 @@ def slots_of_all(edge_index: Tensor, num_nodes: int) -> Slots:
     j, i = edge_index
     E = len(j)
     first = first_edges(i, num_nodes)
-    K = max(int(first.diff().max()) if num_nodes else 0, 1)
+    K = max(most_neighbors(edge_index, num_nodes), 1)
     slot = torch.arange(E, device=i.device) + i * K - first.index_select(0, i)
     table = torch.full((num_nodes * K,), E, device=i.device)
     table[slot] = torch.arange(E, device=i.device)
     return Slots((num_nodes, K), table, torch.cat([j, j.new_zeros(1)]).index_select(0, table))
+
+
+@remembered
+def most_neighbors(edge_index: Tensor, num_nodes: int) -> int:
+    """Of one atom, among edges (2, E)."""
+    return int(first_edges(edge_index[1], num_nodes).diff().max()) if num_nodes else 0
 
 
 def in_slots(vectors: Tensor, slots: Sequence[Slots], cutoff: float) -> list[Neighborhoods]:
