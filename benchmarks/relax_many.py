@@ -23,7 +23,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, make_supercell
 from ase.io import read, write
-from speed import environment, python_of
+from speed import cpu_name, environment, python_of
 
 from mlip.allocator import tune_allocator
 from mlip.calculators import EqCalculator, relax, relax_many
@@ -65,7 +65,7 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     frames = crystals(a.number)
     by_element = {e: [f for f in frames if f.symbols[0] == e] for e in REPEAT}
-    result: dict = {"crystals": len(frames), "threads": a.threads}
+    result: dict = {"cpu": cpu_name(), "crystals": len(frames), "threads": a.threads}
     found: dict[str, list] = {}
     for name, function in (("one_by_one", relax), ("batches", relax_many)):
         found[name], seconds = [], 0.0
