@@ -31,7 +31,6 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.outputs import Properties, all_outputs
-from ase.stress import full_3x3_to_voigt_6_stress
 
 from mlip.backends import is_auto
 from mlip.calculators.batching import as_frames, batches
@@ -59,6 +58,7 @@ SPREAD = tuple(
     f"{name}_{kind}" for name in ("energy", "forces", "stress") for kind in ("var", "comm")
 )
 ORBIT_SPREAD = ("energy_spread", "forces_spread")
+VOIGT = [0, 4, 8, 5, 2, 1]  # xx yy zz yz xz xy of a symmetric matrix
 DISPLACED = 0.1  # angstrom; skin of lists of neighbours that displaced copies of a structure share
 
 
@@ -309,16 +309,13 @@ class EqCalculator(Calculator):
         if old is None or tol != 1e-15:
             changes = list(super().check_state(atoms, tol=tol))
         else:  # bits are compared faster than tolerances, and no change is too small
-            changes = [
-                name
-                for name, before, now in (
-                    ("positions", old.positions, atoms.positions),
-                    ("numbers", old.numbers, atoms.numbers),
-                    ("cell", old.cell.array, atoms.cell.array),
-                    ("pbc", old.pbc, atoms.pbc),
-                )
-                if not np.array_equal(before, now)
-            ]
+            same = {
+                "positions": np.array_equal(old.positions, atoms.positions),
+                "numbers": np.array_equal(old.numbers, atoms.numbers),
+                "cell": old.cell.array.tobytes() == atoms.cell.array.tobytes(),
+                "pbc": old.pbc.tobytes() == atoms.pbc.tobytes(),
+            }
+            changes = [name for name, unchanged in same.items() if not unchanged]
         if not changes and self._inputs.read(atoms) != self._inputs.read(self._given(None)):
             changes.append("info")
         return changes
@@ -512,8 +509,9 @@ class EqCalculator(Calculator):
                 member["forces_spread"] = output["forces_spread"][rows].numpy() * f
             if periodic:
                 stress = output["stress"][place].numpy() * (f / self._length_unit**2)
-                member["stress"] = full_3x3_to_voigt_6_stress(stress)
-            check_finite(atoms, member)
+                member["stress"] = stress.ravel()[VOIGT]
+            said = {key: member[key] for key in ("energy", "forces", "stress") if key in member}
+            check_finite(atoms, said)  # of all else these are made
             members.append(member)
         results: dict[str, Any] = {}
         for key in members[0]:

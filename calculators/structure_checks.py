@@ -137,7 +137,7 @@ def check_finite(atoms: Atoms, results: Mapping[str, Any]) -> None:
     for name, value in results.items():
         if not np.isfinite(value).all():
             where = ""
-            if name in ("forces", "energies", "node_energy"):
+            if name == "forces":
                 bad = ~np.isfinite(value).reshape(len(atoms), -1).all(axis=1)
                 where = f" of atom {int(np.argmax(bad))}"
             raise ValueError(
