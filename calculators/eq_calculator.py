@@ -86,8 +86,9 @@ class EqCalculator(Calculator):
         ``"analytic"``: Facet's gradient written out, what None stands for; ``"compile"``: one
         compiled program, about a minute the first time, not for all models; ``"cudagraph"``: one
         recorded for a GPU; ``"splines"``: tables in place of MACE's radial networks;
-        ``"cuequivariance"``: NVIDIA's; ``"auto"``: what is known to pay (compiled: after 5000
-        steps); ``"plain"``: nothing.  Each is checked against the plain model in float64 first.
+        ``"cuequivariance"``: NVIDIA's; ``"auto"``: what is known to pay (others than Facet
+        compiled after 5000 steps); ``"plain"``: nothing.  Each is checked against the plain model
+        in float64 first.
     program : str or path, optional
         The same as ``"compile"``, compiled before by ``mlip compile`` and checked alike.  Such a
         file is code that runs when it is loaded: give only one that you made or trust.
@@ -510,8 +511,8 @@ class EqCalculator(Calculator):
             if periodic:
                 stress = output["stress"][place].numpy() * (f / self._length_unit**2)
                 member["stress"] = stress.ravel()[VOIGT]
-            said = {key: member[key] for key in ("energy", "forces", "stress") if key in member}
-            check_finite(atoms, said)  # of all else these are made
+            names = ("energy", "forces", *(("stress",) if periodic else ()))
+            check_finite(atoms, {name: member[name] for name in names})  # the others are of these
             members.append(member)
         results: dict[str, Any] = {}
         for key in members[0]:

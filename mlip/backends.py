@@ -288,9 +288,12 @@ def is_auto(wish: str | Sequence[str] | None) -> bool:
 
 def eventually(potential: Potential) -> Potential:
     """The potential with what pays after thousands of evaluations: compiled on a processor, if it
-    can be, with a warning of the pause; otherwise as it is."""
-    device, way = potential.e0.device, BACKENDS["compile"]
-    if device.type != "cpu" or way.obstacle(device) is not None or not has_program(potential.model):
+    can be, with a warning of the pause; otherwise as it is, and so if its gradient is written out,
+    to which compiling adds little."""
+    device, way, model = potential.e0.device, BACKENDS["compile"], potential.model
+    if device.type != "cpu" or way.obstacle(device) is not None:
+        return potential
+    if isinstance(model, AnalyticFacet) or not has_program(model):
         return potential
     pause = f"compiling the model after {PATIENCE} evaluations: a pause of about a minute"
     warnings.warn(pause, stacklevel=3)

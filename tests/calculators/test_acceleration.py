@@ -211,8 +211,8 @@ def test_where_it_does_not_pay_it_is_refused(random_facet: object) -> None:
 
 def test_auto_compiles_when_it_has_been_patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlip.calculators.chunks.PATIENCE", 2)
-    calc = EqCalculator(potential("facet"), accelerate="auto")
-    plain = EqCalculator(potential("facet"))
+    calc = EqCalculator(potential("gaunt"), accelerate="auto")
+    plain = EqCalculator(potential("gaunt"))
     atoms = molecule("H2O")
     for step in range(4):
         atoms.positions[0, 0] += 0.01
@@ -274,9 +274,12 @@ def test_what_was_compiled_is_copied_and_pickled_without_its_program() -> None:
     assert_close(other.results["forces"], calc.results["forces"])
 
 
-def test_auto_leaves_what_is_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["ponita_published", "facet"])
+def test_auto_leaves_what_is_no_program_or_written_out(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mlip.calculators.chunks.PATIENCE", 0)
-    calc = EqCalculator(potential("ponita_published"), accelerate="auto")
+    calc = EqCalculator(potential(name), accelerate="auto")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "compiling")
         calc.calculate(molecule("H2O"))
@@ -289,7 +292,7 @@ def test_auto_goes_on_when_the_compiler_fails(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("mlip.calculators.chunks.PATIENCE", 0)
     monkeypatch.setattr(mlip.backends, "compiled", fail)
-    calc = EqCalculator(potential("facet"), accelerate="auto")
+    calc = EqCalculator(potential("gaunt"), accelerate="auto")
     failed = pytest.warns(UserWarning, match="'compile' failed: RuntimeError: no such instruction")
     with pytest.warns(UserWarning, match="compiling the model after"), failed:
         calc.calculate(molecule("H2O"))
