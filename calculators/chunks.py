@@ -259,7 +259,7 @@ class BoundedPotential:
 
     @property
     def plain(self) -> Potential:
-        """``without_program``."""
+        """The potential of the plain model."""
         return without_program(self.potential)
 
     def _may_be_cut(self, graph: AtomicGraph) -> bool:

@@ -125,7 +125,7 @@ class AnalyticFacet(SameModel):
 
 @remembered
 def elements_of(atomic_numbers: Tensor) -> tuple[int, ...]:
-    """Those that are there."""
+    """Atomic numbers that occur among those of the atoms (N,), rising."""
     return tuple(np.flatnonzero(np.bincount(atomic_numbers.cpu().numpy())).tolist())
 
 

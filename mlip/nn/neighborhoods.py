@@ -49,7 +49,7 @@ def gather_neighborhoods(
 
 @remembered
 def slots_of_all(edge_index: Tensor, num_nodes: int) -> Slots:
-    """Slots of edges (2, E) for all atoms alike."""
+    """Slots of edges (2, E), sorted by centre, K for each of all atoms."""
     j, i = edge_index
     E = len(j)
     first = first_edges(i, num_nodes)
@@ -62,12 +62,12 @@ def slots_of_all(edge_index: Tensor, num_nodes: int) -> Slots:
 
 @remembered
 def most_neighbors(edge_index: Tensor, num_nodes: int) -> int:
-    """Of one atom, among edges (2, E)."""
+    """The largest number of neighbours that an atom has among edges (2, E), sorted by centre."""
     return int(first_edges(edge_index[1], num_nodes).diff().max()) if num_nodes else 0
 
 
 def in_slots(vectors: Tensor, slots: Sequence[Slots], cutoff: float) -> list[Neighborhoods]:
-    """Vectors (E, 3) in their slots."""
+    """Vectors (E, 3), angstrom, in their slots (n, K, 3); empty ones at the cutoff, angstrom."""
     vectors = torch.cat([vectors, pole(vectors, cutoff)])
     return [
         Neighborhoods(vectors.index_select(0, s.edges).view(*s.shape, 3), s.neighbors, s.edges)

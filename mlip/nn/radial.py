@@ -36,7 +36,7 @@ def polynomial_envelope(x: Tensor, p: int = 6) -> Tensor:
 
 
 class BesselWithSlope:
-    """``bessel`` times ``polynomial_envelope`` and the derivative by ``x``: (e,) -> (num_basis, e).
+    """``bessel`` times ``polynomial_envelope``, and the derivative by ``x`` = r / cutoff.
 
     With q = 1 + a x, t = (1 + a) x / q and the envelope f they are
 
@@ -55,6 +55,7 @@ class BesselWithSlope:
         self.n = (math.pi * (1 + stretch) * n).to(like.dtype)[:, None]
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Distances in units of the cutoff (e,) -> values and derivatives, (num_basis, e) each."""
         y = x.clamp(max=1)
         y5 = y.square().square() * y
         envelope = (1 - y5 * y * (28 - y * (48 - 21 * y))) * self.c
